@@ -1,0 +1,218 @@
+"""The run directory: what a run leaves behind, and what resuming needs. Read first: files.py.
+
+    config.json        every flag, the command, git commit, versions, device, hashes of data and weights, BERT's sizes
+    log.jsonl          a line per logged step and per phase
+    best.safetensors   the model of the best phase (with vocab.txt and config.json: all that predict.py needs)
+    last.pt            model, optimiser, recorded scores and generator states: what --resume continues from
+    predictions/       the course's format and a readable CSV
+    summary.json       the closing numbers
+
+A killed run is continued from last.pt; what the log says beyond that position is cut off and written again.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import safetensors.torch
+import torch
+
+from errors import InputError
+from files import write_whole
+
+# flags that say where and how a run is looked after, not what it computes: free to differ when it is resumed
+FREE_FLAGS = {"run_dir", "resume", "overwrite", "keep_last", "log_every", "save_every", "data_dir", "weights"}
+
+
+def sha256(path):
+    """Hash of a file's content."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def git_commit():
+    """The commit of the code, with + where files differ from it; empty outside a repository."""
+    here = Path(__file__).parent
+    try:
+        commit = subprocess.run(
+            ["git", "rev-parse", "--short=12", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10
+        ).stdout.strip()
+        changed = subprocess.run(
+            ["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True, timeout=10
+        ).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return commit + "+" * bool(changed)
+
+
+def name_run(flags, defaults):
+    """A directory name made of the flags that differ from the defaults: runs/finetune-slf-lr_1e-05."""
+    parts = [flags["option"]]
+    for name, value in flags.items():
+        if name not in FREE_FLAGS | {"option", "use_gpu"} and value != defaults[name]:
+            text = "-".join(map(str, value)) if isinstance(value, list) else str(value)
+            parts.append(name if value is True else f"{name}_{Path(text).name}")
+    kept = "".join(c if c.isalnum() or c in "-_.=" else "_" for c in "-".join(parts))
+    return Path("runs") / kept[:150]
+
+
+def describe_environment(device):
+    """Versions and hardware of this run."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {
+        "commit": git_commit(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "device": f"{device.type}: {name}",
+        "threads": torch.get_num_threads(),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+class RunFolder:
+    """A run directory, new or resumed."""
+
+    def __init__(self, path):
+        self.path = Path(path)
+        self.log_path = self.path / "log.jsonl"
+
+    def exists(self):
+        """Whether a run has been started here."""
+        return (self.path / "config.json").is_file()
+
+    def refuse_existing(self, overwrite):
+        """Fail where something is here already that must not be replaced."""
+        if not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir())):
+            return
+        if not overwrite:
+            raise InputError(
+                f"{self.path}: exists already: continue it with --resume, replace it with --overwrite, "
+                "or choose another --run_dir"
+            )
+        if not self.exists():
+            raise InputError(f"{self.path}: is not a run directory, so --overwrite leaves it alone")
+
+    def create(self, config, vocab, overwrite):
+        """Start a run here, with its config and the vocabulary it reads with."""
+        self.refuse_existing(overwrite)
+        if self.path.exists():
+            shutil.rmtree(self.path)
+        for name in ("vocab.txt", "tokenizer_config.json"):
+            if (vocab.parent / name).is_file():
+                write_whole(self.path / name, (vocab.parent / name).read_bytes())
+        write_whole(self.path / "config.json", json.dumps(config, indent=1))
+
+    def config(self):
+        """What config.json says."""
+        path = self.path / "config.json"
+        try:
+            return json.loads(path.read_text())
+        except FileNotFoundError:
+            raise InputError(f"{self.path}: no run here (config.json is missing): check the path") from None
+        except ValueError as error:
+            raise InputError(f"{path}: not JSON ({error}): the run directory is damaged") from None
+
+    def log(self, **record):
+        """Append a line to log.jsonl."""
+        try:
+            with open(self.log_path, "a") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise InputError(f"{self.log_path}: cannot be written ({error.strerror}): free some space") from None
+
+    def log_position(self):
+        """Length of the log so far, in bytes."""
+        return self.log_path.stat().st_size if self.log_path.exists() else 0
+
+    def save_last(self, state):
+        """Save everything that resuming needs."""
+        state = state | {"log_position": self.log_position()}
+        write_whole(self.path / "last.pt", lambda file: torch.save(state, file))
+
+    def load_last(self):
+        """What save_last saved, or None; cuts the log back to that moment."""
+        path = self.path / "last.pt"
+        state = None
+        if path.exists():
+            try:
+                state = torch.load(path, map_location="cpu", weights_only=True)
+            except Exception as error:  # a cut-off or foreign file raises one of many kinds
+                reason = str(error).split("\n")[0][:100]
+                raise InputError(f"{path}: cannot be loaded ({reason}): start again with --overwrite") from None
+        if self.log_path.exists():
+            os.truncate(self.log_path, min(self.log_position(), state["log_position"] if state else 0))
+        return state
+
+    def remove_last(self):
+        """Drop last.pt: the run is complete."""
+        (self.path / "last.pt").unlink(missing_ok=True)
+
+    def save_best(self, model):
+        """Save the model's weights as the best so far."""
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+        content = safetensors.torch.save(tensors, {"format": "pt"})
+        write_whole(self.path / "best.safetensors", content)
+
+    def load_best(self, model):
+        """Fill the model with the best weights.
+
+        Raises: InputError where the file is missing, cut off, or of another model.
+        """
+        path = self.path / "best.safetensors"
+        try:
+            tensors = safetensors.torch.load_file(path)
+        except FileNotFoundError:
+            raise InputError(f"{path}: missing: the run has not finished its first phase") from None
+        except Exception as error:  # safetensors raises its own kinds for a cut-off header or body
+            raise InputError(f"{path}: cannot be loaded ({error}): copy the run again") from None
+        expected = model.state_dict()
+        for name in expected.keys() ^ tensors.keys():
+            side = "is missing" if name in expected else "does not belong to this model"
+            raise InputError(f"{path}: tensor {name} {side}: it was saved with other flags than config.json says")
+        for name, tensor in tensors.items():
+            if tensor.shape != expected[name].shape:
+                raise InputError(
+                    f"{path}: tensor {name} has shape {list(tensor.shape)}, not {list(expected[name].shape)}: "
+                    "it was saved with other flags than config.json says"
+                )
+        model.load_state_dict(tensors)
+
+    def summary(self, content):
+        """Write summary.json."""
+        write_whole(self.path / "summary.json", json.dumps(content, indent=1))
+
+
+def check_same_run(config, flags, given):
+    """Fail where a resumed run is given other flags than it was started with."""
+    for name in given - FREE_FLAGS:
+        if flags[name] != config["flags"].get(name):
+            raise InputError(
+                f"--{name} {flags[name]}: this run was started with {config['flags'].get(name)}: "
+                "resume with the same flags, or start another run"
+            )
+
+
+def check_same_data(config, hashes):
+    """Fail where a resumed run reads other files than it was started with."""
+    for name, value in hashes.items():
+        if config["data"].get(name) != value:
+            raise InputError(f"{name}: not the file this run was started with (its sha256 differs): cannot resume")
+
+
+def hash_weights(folder):
+    """sha256 of every weight file in a folder, by name."""
+    files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
+    return {path.name: sha256(path) for path in files}
+
+
+def command_line():
+    """The command as typed."""
+    return " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])

@@ -1,0 +1,401 @@
+"""Tests of optimizer.py against torch.optim, closed forms and transformers; read optimizer.py before it."""
+
+import copy
+import io
+import math
+
+import pytest
+import torch
+
+import optimizer
+from errors import InputError
+from optimizer import SCHEDULES, SGD, AdamW, RMSprop, clip_gradients, parameter_groups
+
+STEPS = 1000
+OPTIMISERS = {
+    "adamw": (AdamW, {"weight_decay": 0.1}),
+    "adamw-uncorrected": (AdamW, {"weight_decay": 0.1, "correct_bias": False}),
+    "rmsprop": (RMSprop, {"weight_decay": 0.1}),
+    "sgd": (SGD, {"weight_decay": 0.1}),
+    "momentum": (SGD, {"weight_decay": 0.1, "momentum": 0.9}),
+    "nesterov": (SGD, {"weight_decay": 0.1, "momentum": 0.9, "nesterov": True}),
+}
+
+
+def problem(seed=0, dtype=torch.float64):
+    """Parameters of several shapes, a scalar and two without flat view among them."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(), (1,), (7,), (5, 3), (2, 3, 4)]
+    draw = [torch.randn(shape, generator=generator, dtype=dtype) for shape in shapes]
+    draw.append(torch.randn(4, 6, generator=generator, dtype=dtype).t())
+    draw.append(torch.randn(6, 8, generator=generator, dtype=dtype)[:, ::2])
+    return [torch.nn.Parameter(tensor) for tensor in draw]
+
+
+def set_gradients(parameters, seed):
+    """Gradient of a quadratic with noise, so that two trajectories that differ stay different."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in parameters:
+        noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+        parameter.grad = parameter.detach() - 0.5 + noise
+
+
+def assert_equal_after_training(ours, theirs, before_their_step=None, after_their_step=None):
+    """Train two copies of the problem, comparing as they go; ours and theirs build an optimiser."""
+    left, right = problem(), problem()
+    start = problem()
+    left_optimiser, right_optimiser = ours(left), theirs(right)
+    for step in range(1, STEPS + 1):
+        set_gradients(left, step)
+        set_gradients(right, step)
+        left_optimiser.step()
+        if before_their_step:
+            before_their_step(right_optimiser, step)
+        right_optimiser.step()
+        if after_their_step:
+            after_their_step(right)
+        if step % 100 == 0 or step < 5:
+            torch.testing.assert_close(left, right, rtol=0, atol=1e-6)
+    for moved, original in zip(left, start, strict=True):
+        assert (moved - original).abs().max() > 1e-2
+
+
+def test_non_contiguous_parameters_are_in_the_problem():
+    assert [parameter.is_contiguous() for parameter in problem()].count(False) == 2
+
+
+def rescale_eps(their_optimiser, step):
+    """The eps at which torch.optim.AdamW takes the course's step (derived in AdamW's docstring)."""
+    for group in their_optimiser.param_groups:
+        group["eps"] = 1e-3 / math.sqrt(1 - 0.99**step)
+
+
+def test_adamw_is_torchs_with_rescaled_eps():
+    """eps is large here, so that a wrong place for it would show."""
+    settings = {"lr": 1e-2, "betas": (0.8, 0.99), "eps": 1e-3, "weight_decay": 0.0}
+    assert_equal_after_training(
+        lambda params: AdamW(params, **settings),
+        lambda params: torch.optim.AdamW(params, **settings),
+        before_their_step=rescale_eps,
+    )
+
+
+def test_adamw_differs_from_torchs_without_rescaled_eps():
+    settings = {"lr": 1e-2, "betas": (0.8, 0.99), "eps": 1e-3, "weight_decay": 0.0}
+    left, right = problem(), problem()
+    for parameters, build in ((left, AdamW), (right, torch.optim.AdamW)):
+        set_gradients(parameters, 1)
+        build(parameters, **settings).step()
+    assert (left[4] - right[4]).abs().max() > 1e-6
+
+
+def test_adamw_decays_after_the_step_where_torch_decays_before():
+    """With torch's own decay off, shrinking the parameters after its step gives ours, step after step."""
+    settings = {"lr": 1e-2, "betas": (0.8, 0.99), "eps": 1e-3}
+
+    @torch.no_grad()
+    def shrink(parameters):
+        for parameter in parameters:
+            parameter.mul_(1 - 1e-2 * 0.1)
+
+    assert_equal_after_training(
+        lambda params: AdamW(params, weight_decay=0.1, **settings),
+        lambda params: torch.optim.AdamW(params, weight_decay=0.0, **settings),
+        before_their_step=rescale_eps,
+        after_their_step=shrink,
+    )
+
+
+def test_adamw_one_step_exceeds_torchs_by_decay_times_step():
+    """course - torch = (p - step)(1 - d) - (p (1 - d) - step) = d step, d = lr weight_decay."""
+    settings = {"lr": 0.5, "betas": (0.8, 0.99), "eps": 1e-3}
+    results = []
+    for build, decay in ((AdamW, 0.3), (torch.optim.AdamW, 0.3), (AdamW, 0.0)):
+        parameters = problem()
+        set_gradients(parameters, 1)
+        optimiser = build(parameters, weight_decay=decay, **settings)
+        if build is torch.optim.AdamW:
+            rescale_eps(optimiser, 1)
+        optimiser.step()
+        results.append(parameters)
+    for start, course, theirs, undecayed in zip(problem(), *results, strict=True):
+        torch.testing.assert_close(course - theirs, 0.5 * 0.3 * (start - undecayed), rtol=0, atol=1e-12)
+
+
+def test_adamw_without_bias_correction_by_hand():
+    """One step from p = 2 with g = 3: m = .3, v = .009, step = .1 * .3 / (sqrt(.009) + eps), then decay."""
+    parameter = torch.nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
+    parameter.grad = torch.tensor(3.0, dtype=torch.float64)
+    AdamW([parameter], lr=0.1, weight_decay=0.5, correct_bias=False).step()
+    expected = (2 - 0.1 * 0.3 / (math.sqrt(0.009) + 1e-6)) * 0.95
+    assert parameter.item() == pytest.approx(expected, abs=1e-14)
+
+
+def test_rmsprop_is_torchs():
+    assert_equal_after_training(
+        lambda params: RMSprop(params, lr=1e-2, gamma=0.9, eps=1e-3),
+        lambda params: torch.optim.RMSprop(params, lr=1e-2, alpha=0.9, eps=1e-3),
+    )
+
+
+@pytest.mark.parametrize(("momentum", "nesterov"), [(0.0, False), (0.9, False), (0.9, True)])
+def test_sgd_is_torchs(momentum, nesterov):
+    settings = {"lr": 1e-2, "momentum": momentum, "nesterov": nesterov}
+    assert_equal_after_training(
+        lambda params: SGD(params, **settings), lambda params: torch.optim.SGD(params, **settings)
+    )
+
+
+@pytest.mark.parametrize("name", ["rmsprop", "sgd", "momentum", "nesterov"])
+def test_decay_shrinks_after_the_step(name):
+    build, settings = OPTIMISERS[name]
+    results = []
+    for decay in (settings["weight_decay"], 0.0):
+        parameters = problem()
+        set_gradients(parameters, 1)
+        build(parameters, **{**settings, "lr": 0.2, "weight_decay": decay}).step()
+        results.append(parameters)
+    for decayed, undecayed in zip(*results, strict=True):
+        torch.testing.assert_close(decayed.data, undecayed.data * (1 - 0.2 * 0.1), rtol=0, atol=1e-14)
+
+
+def test_rmsprop_leaves_a_row_without_gradient_finite():
+    """The gradient of an unused embedding row is 0: without eps it would become 0 / 0."""
+    embedding = torch.nn.Parameter(torch.ones(3, 2))
+    embedding.grad = torch.tensor([[1.0, 1.0], [0.0, 0.0], [2.0, 2.0]])
+    RMSprop([embedding], lr=0.1).step()
+    assert torch.equal(embedding[1], torch.ones(2))
+    assert (embedding[[0, 2]] < 1).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", OPTIMISERS)
+def test_blocks_change_no_bit(name, dtype, monkeypatch):
+    """A block of 64 cuts the largest parameter into 17 pieces, the last a short one."""
+    build, settings = OPTIMISERS[name]
+    results = []
+    for block in (64, 1 << 30):
+        monkeypatch.setattr(optimizer, "BLOCK", block)
+        generator = torch.Generator().manual_seed(1)
+        draw = [torch.randn(rows, 7, generator=generator, dtype=dtype) for rows in (151, 3)]
+        parameters = [torch.nn.Parameter(tensor) for tensor in draw]
+        optimiser = build(parameters, lr=1e-2, **settings)
+        for step in range(20):
+            set_gradients(parameters, step)
+            optimiser.step()
+        results.append(parameters)
+    for blocked, whole in zip(*results, strict=True):
+        assert torch.equal(blocked, whole)
+
+
+def test_blocks_cover_each_element_once(monkeypatch):
+    monkeypatch.setattr(optimizer, "BLOCK", 4)
+    numbers = torch.arange(10)
+    first, second = zip(*optimizer.split_into_blocks([numbers, numbers + 100]), strict=True)
+    assert [len(piece) for piece in first] == [4, 4, 2]
+    assert torch.equal(torch.cat(first), numbers) and torch.equal(torch.cat(second), numbers + 100)
+    assert len(list(optimizer.split_into_blocks([torch.ones(4, 5).t()]))) == 1
+
+
+@pytest.mark.parametrize("name", OPTIMISERS)
+def test_resuming_changes_no_bit(name):
+    """Ten steps, saving, loading into a fresh optimiser with other settings, ten more: as twenty at once."""
+    build, settings = OPTIMISERS[name]
+    through = problem()
+    optimiser = build(through, lr=1e-2, **settings)
+    for step in range(20):
+        if step == 10:
+            file = io.BytesIO()
+            values = [parameter.detach().clone() for parameter in through]
+            torch.save({"parameters": values, "state": optimiser.state_dict()}, file)
+        set_gradients(through, step)
+        optimiser.step()
+
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    resumed = [torch.nn.Parameter(tensor) for tensor in saved["parameters"]]
+    optimiser = build(resumed, lr=0.5)
+    optimiser.load_state_dict(saved["state"])
+    for step in range(10, 20):
+        set_gradients(resumed, step)
+        optimiser.step()
+    for left, right in zip(through, resumed, strict=True):
+        assert torch.equal(left, right)
+
+
+@pytest.mark.parametrize("name", OPTIMISERS)
+def test_parameter_without_gradient_is_left_alone(name):
+    build, settings = OPTIMISERS[name]
+    used, unused = problem()[2:4]
+    before = copy.deepcopy(unused)
+    optimiser = build([used, unused], lr=0.1, **settings)
+    set_gradients([used], 0)
+    optimiser.step()
+    assert torch.equal(unused, before)
+    assert used in optimiser.state and unused not in optimiser.state
+
+
+def test_late_gradient_starts_its_own_bias_correction():
+    """The first step of a parameter is lr sign(g), eps aside, whenever it comes."""
+    early, late = (torch.nn.Parameter(torch.zeros(2, dtype=torch.float64)) for _ in range(2))
+    optimiser = AdamW([early, late], lr=0.1, eps=1e-12)
+    for _ in range(5):
+        early.grad = torch.ones_like(early)
+        optimiser.step()
+    late.grad = torch.tensor([3.0, -4.0], dtype=torch.float64)
+    optimiser.step()
+    torch.testing.assert_close(late.data, torch.tensor([-0.1, 0.1], dtype=torch.float64), rtol=0, atol=1e-9)
+
+
+def test_groups_keep_their_settings_and_lr_may_change_between_steps():
+    first, second = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+    optimiser = SGD([{"params": [first]}, {"params": [second], "lr": 0.25}], lr=0.5)
+    first.grad, second.grad = torch.ones(2), torch.ones(2)
+    optimiser.step()
+    optimiser.param_groups[0]["lr"] = 0.0
+    optimiser.step()
+    assert first.tolist() == [0.5, 0.5] and second.tolist() == [0.5, 0.5]
+
+
+def test_step_returns_the_closures_loss():
+    parameter = torch.nn.Parameter(torch.tensor(3.0))
+    optimiser = SGD([parameter], lr=0.5)
+
+    def closure():
+        loss = parameter**2
+        loss.backward()
+        return loss
+
+    assert optimiser.step(closure).item() == 9.0
+    assert parameter.item() == 0.0
+
+
+@pytest.mark.parametrize(
+    ("build", "settings", "name"),
+    [
+        (AdamW, {"lr": -1.0}, "lr"),
+        (AdamW, {"lr": math.nan}, "lr"),
+        (AdamW, {"lr": math.inf}, "lr"),
+        (AdamW, {"betas": (1.0, 0.9)}, r"betas\[0\]"),
+        (AdamW, {"betas": (0.9, -0.1)}, r"betas\[1\]"),
+        (AdamW, {"eps": 0.0}, "eps"),
+        (AdamW, {"weight_decay": -0.1}, "weight_decay"),
+        (RMSprop, {"lr": -1.0}, "lr"),
+        (RMSprop, {"gamma": 1.0}, "gamma"),
+        (RMSprop, {"eps": -1e-8}, "eps"),
+        (RMSprop, {"weight_decay": math.nan}, "weight_decay"),
+        (SGD, {"lr": -1.0}, "lr"),
+        (SGD, {"momentum": 1.0}, "momentum"),
+        (SGD, {"nesterov": True}, "nesterov"),
+        (SGD, {"weight_decay": -1.0}, "weight_decay"),
+    ],
+)
+def test_bad_settings_are_refused(build, settings, name):
+    with pytest.raises(InputError, match=f"setting {name} is"):
+        build(problem(), **settings)
+    with pytest.raises(InputError, match=f"setting {name} is"):
+        build([{"params": problem(), **settings}])
+
+
+def test_schedules_by_hand():
+    """Warm-up over a fifth: half way up at .1, at the top at .2; .6 is half way from there to the end."""
+    table = {
+        "constant": [0.0, 0.5, 1.0, 1.0, 1.0, 1.0],
+        "linear": [0.0, 0.5, 1.0, 0.75, 0.5, 0.0],
+        "cosine": [0.0, 0.5, 1.0, 0.5 + math.sqrt(0.5) / 2, 0.5, 0.0],
+    }
+    assert table.keys() == SCHEDULES.keys()
+    for name, expected in table.items():
+        found = [SCHEDULES[name](progress, 0.2) for progress in (0.0, 0.1, 0.2, 0.4, 0.6, 1.0)]
+        assert found == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_schedules_at_the_extremes(name):
+    schedule = SCHEDULES[name]
+    assert schedule(0.0, 0.0) == 1.0
+    assert [schedule(progress, 1.0) for progress in (0.0, 0.25, 1.0)] == [0.0, 0.25, 1.0]
+
+
+@pytest.mark.parametrize("warmup_steps", [0, 3, 20])
+@pytest.mark.parametrize("name", ["linear", "cosine", "constant"])
+def test_schedules_are_transformers(name, warmup_steps):
+    transformers = pytest.importorskip("transformers")
+    steps = 50
+    theirs = SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    if name == "constant":
+        schedule = transformers.get_constant_schedule_with_warmup(theirs, warmup_steps)
+    else:
+        schedule = getattr(transformers, f"get_{name}_schedule_with_warmup")(theirs, warmup_steps, steps)
+    for step in range(steps + 1):
+        assert SCHEDULES[name](step / steps, warmup_steps / steps) == pytest.approx(
+            schedule.get_last_lr()[0], abs=1e-12
+        )
+        theirs.step()
+        schedule.step()
+
+
+@pytest.mark.parametrize("max_norm", [0.1, 1.0, 1e6, math.inf])
+def test_clipping_is_torchs(max_norm):
+    left, right = problem(), problem()
+    set_gradients(left, 0)
+    set_gradients(right, 0)
+    left[3].grad = right[3].grad = None
+    before = math.sqrt(sum((p.grad**2).sum().item() for p in left if p.grad is not None))
+    ours = clip_gradients(iter(left), max_norm)
+    theirs = torch.nn.utils.clip_grad_norm_(right, max_norm)
+    assert ours.dim() == 0 and ours.item() == pytest.approx(before, abs=1e-12)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+    for mine, other in zip(left, right, strict=True):
+        torch.testing.assert_close(mine.grad, other.grad, rtol=0, atol=1e-6)
+
+
+def test_clipping_in_float32_brings_the_norm_to_its_maximum():
+    parameter = torch.nn.Parameter(torch.zeros(300, 1000))
+    parameter.grad = torch.full_like(parameter, 2.0)
+    assert clip_gradients([parameter], 0.5).item() == pytest.approx(2 * math.sqrt(300_000), rel=1e-6)
+    assert parameter.grad.double().norm().item() == pytest.approx(0.5, rel=1e-6)
+
+
+def test_clipping_without_gradients_and_with_a_bad_maximum():
+    assert clip_gradients(problem(), 1.0).item() == 0.0
+    for max_norm in (0.0, -1.0, math.nan):
+        with pytest.raises(InputError, match="gradient norm is"):
+            clip_gradients(problem(), max_norm)
+
+
+def test_parameter_groups_split_by_decay():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4), torch.nn.Linear(4, 2))
+    model[2].weight.requires_grad_(False)
+    decayed, undecayed = parameter_groups(model.named_parameters(), 0.01)
+    assert decayed["weight_decay"] == 0.01 and [id(p) for p in decayed["params"]] == [id(model[0].weight)]
+    assert undecayed["weight_decay"] == 0.0
+    expected = [model[0].bias, model[1].weight, model[1].bias, model[2].bias]
+    assert [id(p) for p in undecayed["params"]] == [id(p) for p in expected]
+
+
+def test_parameter_groups_leave_out_an_empty_group():
+    norm = torch.nn.LayerNorm(4)
+    (group,) = parameter_groups(norm.named_parameters(), 0.01)
+    assert group["weight_decay"] == 0.0 and len(group["params"]) == 2
+    norm.requires_grad_(False)
+    assert parameter_groups(norm.named_parameters(), 0.01) == []
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("name", OPTIMISERS)
+def test_cuda_takes_the_same_steps(name):
+    build, settings = OPTIMISERS[name]
+    results = []
+    for device in ("cpu", "cuda"):
+        parameters = [torch.nn.Parameter(p.detach().to(device)) for p in problem()]
+        optimiser = build(parameters, lr=1e-2, **settings)
+        for step in range(20):
+            cpu = [torch.nn.Parameter(p.detach().cpu()) for p in parameters]
+            set_gradients(cpu, step)
+            for parameter, source in zip(parameters, cpu, strict=True):
+                parameter.grad = source.grad.to(device)
+            clip_gradients(parameters, 1.0)
+            optimiser.step()
+        results.append([p.detach().cpu() for p in parameters])
+    torch.testing.assert_close(*results, rtol=0, atol=1e-12)
