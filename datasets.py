@@ -1,4 +1,6 @@
-"""From a course CSV to padded batches: strict reading, compact storage, pair encodings. Read first: tokenizer.py, tasks.py.
+"""From a course CSV to padded batches: strict reading, compact storage, pair encodings.
+
+Read first: tokenizer.py, tasks.py.
 
 A file is read once. Each text is tokenised once and kept as a slice of one flat array of token ids, so that 400,000
 question pairs are a handful of arrays and not millions of Python objects. A batch is cut from those slices:

@@ -9,6 +9,7 @@ class and is easily missed (BERTer 5.1), so every evaluation also reports what i
 
 import csv
 import io
+import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from early_exit import FULL_DEPTH, AllExits, ExitInference, every_exit, scores_at
 from files import write_whole
 
 # one class predicted for more than this share of the rows is called a collapse
@@ -53,39 +55,58 @@ class Scores:
     warnings: list = field(default_factory=list)
 
 
+def at_exit(i):
+    """Make the inference that leaves at exit i. Shapes: outputs [b,o], executed layers [b]."""
+    return lambda model, batch: (model(batch, exits=(i,)).logits[i], torch.full((len(batch),), i))
+
+
 def full_depth(model, batch):
-    """Run every layer: the default inference. Shapes: outputs [b, o], executed layers [b]."""
-    outputs = model(batch)
-    return outputs.logits[model.depth], torch.full((len(batch),), model.depth)
+    """Run every layer: the default inference."""
+    return at_exit(model.depth)(model, batch)
 
 
 @torch.inference_mode()
-def predict(model, data, rows=None, batch_size=32, infer=full_depth, precision=nullcontext, progress=False):
-    """Predict rows of a dataset (all of them by default), longest first so that padding is small.
+def run_batches(model, data, rows, function, batch_size, precision, progress):
+    """Apply `function(model, batch)`, which gives a tuple of tensors [b,...], to rows of a dataset.
 
-    `infer(model, batch) -> (outputs, exits)` is full depth or an early-exit policy; `precision()` makes the
-    autocast context. The model is put into evaluation mode and back.
+    The longest rows come first, so that padding is small; the tensors return in the rows' order.
     """
-    rows = np.arange(len(data)) if rows is None else np.asarray(rows)
     order = np.argsort(-data.lengths()[rows], kind="stable")
     was_training, device = model.training, next(model.parameters()).device
     model.eval()
-    outputs, exits = [], []
+    results = []
     starts = range(0, len(rows), batch_size)
     for start in tqdm(starts, f"predict {data.task.name}", disable=not progress, leave=False):
         batch = data.batch(rows[order[start : start + batch_size]]).to(device)
         with precision():
-            logits, layers = infer(model, batch)
-        outputs.append(logits.float())
-        exits.append(layers)
+            results.append(function(model, batch))
     model.train(was_training)
-    outputs, exits = torch.cat(outputs).cpu(), torch.cat(exits).cpu()
     back = torch.empty(len(rows), dtype=torch.long)
     back[torch.from_numpy(order)] = torch.arange(len(rows))
-    outputs, exits = outputs[back], exits[back]
+    return tuple(torch.cat(parts).cpu()[back] for parts in zip(*results, strict=True))
+
+
+def predict(model, data, rows=None, batch_size=32, infer=full_depth, precision=nullcontext, progress=False):
+    """Predict rows of a dataset (all of them by default).
+
+    `infer(model, batch) -> (outputs, exits)` is full depth or an early-exit policy, which may want more rows at
+    once; `precision()` makes the autocast context. The model is put into evaluation mode and back.
+    """
+    rows = np.arange(len(data)) if rows is None else np.asarray(rows)
+    rows_at_once = getattr(infer, "rows_at_once", batch_size)
+    outputs, exits = run_batches(model, data, rows, infer, rows_at_once, precision, progress)
+    outputs = outputs.float()
     values, probabilities = data.task.decode(outputs, model.threshold(data.task.name))
     probabilities = None if probabilities is None else probabilities.numpy()
     return Predictions(data, rows, values.numpy(), outputs.numpy(), probabilities, exits.numpy())
+
+
+def predict_exits(model, data, rows=None, batch_size=32, precision=nullcontext, progress=False):
+    """What every exit says of rows of a dataset (the usable ones by default), from one full pass."""
+    rows = data.usable if rows is None else np.asarray(rows)
+    outputs, confidence, lte = run_batches(model, data, rows, every_exit, batch_size, precision, progress)
+    values, _ = data.task.decode(outputs.flatten(0, 1), model.threshold(data.task.name))
+    return AllExits(rows, data.labels[rows], values.view_as(lte).numpy(), confidence.numpy(), lte.numpy())
 
 
 # --- metrics ------------------------------------------------------------------------------------------------------
@@ -125,6 +146,14 @@ def macro_f1(confusion):
     return float(np.mean(2 * hits[total > 0] / total[total > 0]))
 
 
+METRICS = {"accuracy": accuracy, "pearson": pearson}
+
+
+def normalise(task, value):
+    """A task's main metric on a scale from 0 to 1, as norm takes it."""
+    return (value + 1) / 2 if task.is_regression else value
+
+
 def score(predictions):
     """The metrics of one task and, as second value, a list of warnings."""
     task, labels = predictions.data.task, predictions.data.labels[predictions.rows]
@@ -154,18 +183,56 @@ def score(predictions):
 def summarise(tasks, metrics, warnings):
     """Scores from the metrics of each task."""
     main = {name: metrics[name][tasks[name].metric] for name in metrics}
-    norm = {name: (value + 1) / 2 if tasks[name].is_regression else value for name, value in main.items()}
+    norm = {name: normalise(tasks[name], value) for name, value in main.items()}
     return Scores(metrics, float(np.mean(list(main.values()))), float(np.mean(list(norm.values()))), warnings)
 
 
 def evaluate(model, datasets, **how):
-    """Score {task name: Dataset} on their usable rows; `how` goes to `predict`. Returns (Scores, {task: Predictions})."""
+    """Score {task name: Dataset} on their usable rows; `how` goes to `predict`.
+
+    Returns (Scores, {task: Predictions}).
+    """
     metrics, warnings, predictions = {}, [], {}
     for name, data in datasets.items():
         predictions[name] = predict(model, data, data.usable, **how)
         metrics[name], told = score(predictions[name])
         warnings += told
     return summarise({name: data.task for name, data in datasets.items()}, metrics, warnings), predictions
+
+
+def time_predictions(model, data, rows, **how):
+    """Seconds that predicting rows of a dataset takes, from texts' tokens to predictions."""
+    started = time.perf_counter()
+    predict(model, data, rows, **how)
+    return time.perf_counter() - started
+
+
+def sweep(model, datasets, exits, policies, settings, batch_size=32, precision=nullcontext):
+    """Scores, layers and speed of early exit at several settings of the thresholds.
+
+    Scores and layers come from `exits` ({task: AllExits}: one full pass), speed from a real run of the same rows
+    per setting. `settings` is {label: {task: threshold}}; a row for full depth comes first. Returns one dict per
+    setting and task, and one per setting for all tasks together (norm, mean of the tasks' mean layers).
+    """
+    how, rows = dict(batch_size=batch_size, precision=precision), []
+    everything = {"full depth": dict.fromkeys(datasets, FULL_DEPTH)} | settings
+    for label, thresholds in everything.items():
+        infer = full_depth if label == "full depth" else ExitInference(policies, thresholds, batch_size)
+        mine, seconds, examples = [], 0.0, 0
+        for name, data in datasets.items():
+            found = scores_at(exits[name], policies[name], thresholds[name], METRICS[data.task.metric])
+            taken = time_predictions(model, data, exits[name].rows, infer=infer, **how)
+            shares = {f"exit_{i}": float(share) for i, share in enumerate(found.shares, start=1)}
+            row = {"setting": label, "task": name, "policy": policies[name], "threshold": thresholds[name]}
+            row |= {"metric": data.task.metric, "score": found.score, "mean_layers": found.mean_layers}
+            mine.append(row | {"examples_per_second": len(exits[name].rows) / taken} | shares)
+            seconds, examples = seconds + taken, examples + len(exits[name].rows)
+        total = {"setting": label, "task": "all", "policy": "", "threshold": "", "metric": "norm"}
+        total["score"] = float(np.mean([normalise(datasets[row["task"]].task, row["score"]) for row in mine]))
+        for key in ("mean_layers", *(key for key in mine[0] if key.startswith("exit_"))):
+            total[key] = float(np.mean([row[key] for row in mine]))
+        rows += [*mine, total | {"examples_per_second": examples / seconds}]
+    return rows
 
 
 def fit_threshold(scores, labels):

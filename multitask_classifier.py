@@ -12,7 +12,6 @@ An extension plugs into a slot: a loss term `term(model, batch, outputs, exit_we
 One that is off is not built, so that the baseline stays bit-identical.
 """
 
-import argparse
 import json
 import resource
 import signal
@@ -31,19 +30,33 @@ try:
 except ImportError as error:
     sys.exit(f"error: {error.name} is not installed here: run ./setup.sh once, then use .venv/bin/python")
 
+import gradients
 import slf
+from adapters import build_adapters, parameter_report, trained_with
 from base_bert import BertConfig, find_weights
 from bert import BertModel, Dropout
+from closing import ExitSettings, close, close_sweep
 from datasets import SPLITS, Batch, bucketed_batches, find_data_dir, read_dataset, report
-from early_exit import Exit
+from early_exit import LTE, Exit, ExitInference, LTELoss, choose_policies, exit_weights
 from errors import InputError, run_script
-from evaluation import evaluate, fit_threshold, predict, score, summarise, write_predictions
-from gradients import Sum
+from evaluation import at_exit, evaluate, fit_threshold, full_depth, predict
+from flags import (
+    EXIT_FLAGS,
+    TASK_NAMES,
+    check_flags,
+    encoding,
+    has_exits,
+    parse_flags,
+    per_task,
+    positive,
+    sweep_levels,
+    threshold,
+)
 from optimizer import SCHEDULES, SGD, AdamW, RMSprop, clip_gradients, parameter_groups
 from runs import (
     FREE_FLAGS,
     RunFolder,
-    check_same_data,
+    check_same_files,
     check_same_run,
     command_line,
     describe_environment,
@@ -51,11 +64,23 @@ from runs import (
     name_run,
     sha256,
 )
-from samplers import DATA_SPLITS, SAMPLERS, all_tasks_order, epoch_rows, generator, task_order
-from tasks import ENCODINGS, PARA_LOSSES, STS_LOSSES, build_tasks
+from samplers import all_tasks_order, epoch_rows, generator, task_order
+from smart import LNSR, AdversarialSmart, Bregman, GaussianSmart
+from tasks import build_tasks
 from tokenizer import BertTokenizer
 
-TASK_NAMES = ("sst", "cfimdb", "para", "sts")
+OPTIMIZERS = {"adamw": AdamW, "rmsprop": RMSprop, "sgd": SGD}
+# learning rates that train, by optimiser and by what is trained; a BERT of at most SMALL hidden units takes more.
+# Measured with the small default weights (README, "Defaults by measurement"); for larger ones, the papers' range.
+SMALL = 512
+LEARNING_RATES = {
+    "adamw": {"small": 1e-4, "finetune": 2e-5, "pretrain": 1e-3, "adapter": 3e-4},
+    "rmsprop": {"small": 5e-5, "finetune": 1e-5, "pretrain": 1e-3, "adapter": 3e-4},
+    "sgd": {"small": 2e-2, "finetune": 1e-2, "pretrain": 1e-1, "adapter": 1e-1},
+}
+# room for the special tokens of any pair encoding and one word
+SHORTEST = 5
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 # --- the model ----------------------------------------------------------------------------------------------------
@@ -81,7 +106,7 @@ class MultitaskBERT(nn.Module):
     Source: BERTer 3.1 (heads), 3.3 (exits), 3.4 (pair encodings); SMARTer BERT 4.1.
     """
 
-    def __init__(self, bert, tasks, hidden_dropout_prob=0.3, pooling="cls", exits=False, init=None):
+    def __init__(self, bert, tasks, hidden_dropout_prob=0.3, pooling="cls", exits=False, adapters=None, init=None):
         super().__init__()
         self.bert, self.tasks, self.pooling = bert, tasks, pooling
         self.depth = bert.config.num_hidden_layers
@@ -91,14 +116,22 @@ class MultitaskBERT(nn.Module):
         self.exits = nn.ModuleList(
             Exit(bert, lambda: self.make_heads(init), with_pooler) for _ in range(self.depth - 1) if exits
         )
+        self.lte = nn.ModuleDict({name: LTE(self.width(task)) for name, task in tasks.items() if exits})
+        self.adapters = adapters
+        if adapters is not None:
+            adapters.attach(bert)
         self.register_buffer("thresholds", torch.full((len(tasks),), 0.5))
+
+    def width(self, task):
+        """Size of the vector that a task's heads see."""
+        d = self.bert.config.hidden_size
+        return d * len(task.siamese_features) if task.encoding == "siamese" else d
 
     def make_heads(self, init):
         """A head per task, drawn from the generator `init`."""
-        d, heads = self.bert.config.hidden_size, nn.ModuleDict()
+        heads = nn.ModuleDict()
         for name, task in self.tasks.items():
-            width = d * len(task.siamese_features) if task.encoding == "siamese" else d
-            heads[name] = task.make_head(width)
+            heads[name] = task.make_head(self.width(task))
             for parameter in heads[name].parameters():
                 std = self.bert.config.initializer_range if parameter.dim() > 1 else 0.0
                 nn.init.normal_(parameter, 0.0, std, generator=init)
@@ -136,6 +169,15 @@ class MultitaskBERT(nn.Module):
         heads = self.heads if i == self.depth else self.exits[i - 1].heads
         return heads[task.name](self.dropout(state))
 
+    def encode(self, hidden, masks, task, start=0, stop=None):
+        """Run layers start + 1 .. stop over every encoder pass, yielding (i, hidden) after layer i.
+
+        Shapes: hidden: one [b,s,d] per pass.
+        """
+        passes = [self.bert.encode(h, m, task.name, start, stop) for h, m in zip(hidden, masks, strict=True)]
+        for steps in zip(*passes, strict=True):
+            yield steps[0][0], tuple(h for _, h in steps)
+
     def forward(self, batch, embeds=None, start=None, exits=None):
         """Run the layers up to the last of `exits` (by default the full depth) and each exit's head.
 
@@ -148,12 +190,9 @@ class MultitaskBERT(nn.Module):
         embeds = self.embed(batch) if embeds is None else embeds
         first, hidden = start or (0, embeds)
         rng, masks, states, logits = dropout_state(embeds[0].device), self.masks(batch), {}, {}
-        extended = [self.bert.extend_mask(mask, embeds[0].dtype) for mask in masks]
-        for i in range(first + 1, max(exits) + 1):
-            layer = self.bert.bert_layers[i - 1]
-            hidden = [layer(h, mask, task.name) for h, mask in zip(hidden, extended, strict=True)]
+        for i, deeper in self.encode(hidden, masks, task, first, max(exits)):
             if i in exits:
-                states[i] = self.state(i, hidden, masks, task)
+                states[i] = self.state(i, deeper, masks, task)
                 logits[i] = self.head(i, states[i], task)
         return Outputs(embeds, states, logits, rng)
 
@@ -236,6 +275,7 @@ class Parts:
     device: torch.device
     precision: Callable  # () -> autocast context
     scaler: torch.amp.GradScaler
+    exit_settings: object  # how to leave early at inference, or None
     task_weights: dict
     batch_size: int
     accumulate: int
@@ -252,6 +292,10 @@ class Parts:
     def dev(self):
         """{task: dev Dataset}."""
         return {name: splits["dev"] for name, splits in self.data.items()}
+
+    def how(self):
+        """How to run an evaluation: arguments of `evaluation.predict`."""
+        return {"batch_size": self.eval_batch_size, "precision": self.precision}
 
 
 class Interrupted(Exception):
@@ -331,7 +375,8 @@ def train_step(parts, optimizer, step, exit_weights, multiplier):
 
     Each loss is divided by the number of examples its task has in the whole step, so that k accumulated batches
     equal one batch k times as large, and a short last batch counts by its examples.
-    Returns a list of (task, ids, {term: sum over the examples}) without waiting for the device.
+    Returns a list of (task, ids, {term: sum over the examples}), and the cosines between the tasks' gradients where
+    they are measured, without waiting for the device.
     """
     done = []
     for name, rows in step:
@@ -353,7 +398,7 @@ def train_step(parts, optimizer, step, exit_weights, multiplier):
     parts.scaler.step(optimizer)
     parts.scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    return done
+    return done, parts.gradients.cosines
 
 
 def check_finite(folder, done, first_step):
@@ -363,7 +408,7 @@ def check_finite(folder, done, first_step):
     Returns [(task, examples, {term: mean})].
     """
     rows = []
-    for offset, results in enumerate(done):
+    for offset, (results, _) in enumerate(done):
         for name, ids, values in results:
             values = {key: float(value) / len(ids) for key, value in values.items()}
             if not all(map(np.isfinite, values.values())):
@@ -386,6 +431,15 @@ def mean_terms(rows):
         total = sum(count for count, _ in mine)
         means[name] = {key: sum(c * v[key] for c, v in mine) / total for key in mine[0][1]}
     return means
+
+
+def mean_cosines(pending):
+    """Mean cosine between the gradients of every pair of tasks over the pending steps: {"sst-para": cosine}."""
+    values = {}
+    for _, cosines in pending:
+        for pair, cosine in cosines.items():
+            values.setdefault(pair, []).append(float(cosine))
+    return {pair: sum(found) / len(found) for pair, found in values.items()}
 
 
 def peak_memory(device):
@@ -423,9 +477,9 @@ def restore(parts, state):
         torch.cuda.set_rng_state(state["cuda_rng"], parts.device)
 
 
-def evaluate_dev(parts):
-    """Full-depth dev scores; decision thresholds that are fitted are fitted on training rows first."""
-    how = dict(batch_size=parts.eval_batch_size, precision=parts.precision)
+def evaluate_dev(parts, depth):
+    """Dev scores at a depth; decision thresholds that are fitted are fitted on training rows first."""
+    how = parts.how() | {"infer": at_exit(depth)}
     for name, splits in parts.data.items():
         task = splits["train"].task
         if task.fit_threshold:
@@ -454,6 +508,7 @@ def log_steps(parts, folder, phase, progress, optimizer, pending, seconds):
         seconds=round(seconds, 3),
         examples_per_second=round(count / seconds, 1),
         peak_mib=peak_memory(parts.device),
+        **({"cosines": cosines} if (cosines := mean_cosines(pending)) else {}),
     )
     losses = " ".join(f"{name} {sum(values.values()):.3f}" for name, values in terms.items())
     return f"{losses} {count / seconds:.0f} ex/s"
@@ -503,7 +558,8 @@ def evaluate_phase(parts, folder, phase, progress, optimizer, signals):
     started = time.monotonic()
     signals.immediate = True
     try:
-        scores = evaluate_dev(parts)
+        # a model that may not be kept is only asked how far the exit that it trained has come
+        scores = evaluate_dev(parts, parts.model.depth if phase.keep else max(phase.exit_weights[-1]))
     except Interrupted:
         folder.save_last(snapshot(parts, optimizer, progress))
         raise
@@ -571,148 +627,7 @@ def train(parts, folder, state=None):
     return progress
 
 
-# --- flags and parts ----------------------------------------------------------------------------------------------
-
-OPTIMIZERS = {"adamw": AdamW, "rmsprop": RMSprop, "sgd": SGD}
-# learning rates that train, by optimiser and by what is trained (README, "Defaults by measurement")
-LEARNING_RATES = {
-    "adamw": {"finetune": 5e-5, "pretrain": 1e-3},
-    "rmsprop": {"finetune": 2e-5, "pretrain": 1e-3},
-    "sgd": {"finetune": 1e-2, "pretrain": 1e-1},
-}
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def positive_int(text):
-    """An argparse type: a whole number above 0."""
-    value = int(text)
-    if value <= 0:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return value
-
-
-def at_least_zero(text):
-    """An argparse type: a number that is not negative."""
-    value = float(text)
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not a number of at least 0")
-    return value
-
-
-def positive(text):
-    """An argparse type: a number above 0."""
-    value = at_least_zero(text)
-    if value == 0:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return value
-
-
-def share(text):
-    """An argparse type: a number from 0 to below 1."""
-    value = at_least_zero(text)
-    if value >= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not below 1")
-    return value
-
-
-def per_task(entries, flag, names, convert, everything=False):
-    """Read `value` or `task=value ...` entries into {task: value}."""
-    chosen = {}
-    for entry in entries or ():
-        name, equals, value = entry.rpartition("=")
-        try:
-            value = convert(value)
-        except (ValueError, argparse.ArgumentTypeError) as error:
-            raise InputError(f"{flag} {entry}: {error}") from None
-        for task in [name] if equals else names:
-            if task not in names:
-                raise InputError(f"{flag} {entry}: no such task here; tasks are {', '.join(names)}")
-            chosen[task] = value
-    return chosen
-
-
-def encoding(text):
-    """A pair encoding, for per_task."""
-    if text not in ENCODINGS:
-        raise ValueError(f"{text!r} is not one of {', '.join(ENCODINGS)}")
-    return text
-
-
-def make_parser():
-    """All flags, in groups. Every extension is off by default."""
-    parser = argparse.ArgumentParser(
-        description="Fine-tune one hand-written BERT on sentiment (SST), paraphrase (Quora) and similarity (STS).",
-        epilog="A run directory holds everything a run leaves behind; predict.py answers from it.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    course = parser.add_argument_group("what to do")
-    course.add_argument(
-        "--option",
-        choices=("pretrain", "finetune", "evaluate"),
-        default="finetune",
-        help="pretrain: BERT frozen, heads trained; finetune: everything; evaluate: score a saved run (--run_dir)",
-    )
-    course.add_argument("--use_gpu", action="store_true", help="train on CUDA or Apple's MPS where there is one")
-    course.add_argument("--tasks", nargs="+", choices=TASK_NAMES, default=["sst", "para", "sts"], help="what to learn")
-    course.add_argument("--epochs", type=positive_int, default=3, help="passes over each task's share of the data")
-    course.add_argument("--batch_size", type=positive_int, default=16, help="examples per batch")
-    course.add_argument("--lr", type=positive, help="peak learning rate; default by optimiser and --option")
-    course.add_argument("--hidden_dropout_prob", type=share, default=0.3, help="dropout before the heads")
-    course.add_argument("--seed", type=int, default=11711, help="seed of everything random")
-
-    data = parser.add_argument_group("data")
-    data.add_argument("--data_dir", help="folder of the course's CSV files; default data/, or data/sample if that is bare")
-    for name in TASK_NAMES:
-        for split in SPLITS:
-            data.add_argument(f"--{name}_{split}", metavar="CSV", help=f"the {name} {split} file, if not in --data_dir")
-    data.add_argument("--split", choices=DATA_SPLITS, default="equal", help="how much of each task an epoch takes")
-    data.add_argument("--sampler", choices=SAMPLERS, default="random", help="which task comes next")
-    data.add_argument("--max_length", type=positive_int, default=512, help="tokens per text or packed pair")
-    data.add_argument("--pairs", nargs="+", metavar="ENC", default=["concat"],
-                      help=f"how a pair enters BERT: {', '.join(ENCODINGS)}; also per task, para=siamese")
-    data.add_argument("--siamese_features", choices=("uv", "uvd"), default="uvd", help="[u; v] or [u; v; |u - v|]")
-
-    model = parser.add_argument_group("model")
-    model.add_argument("--weights", default="auto",
-                       help="auto (bert-base-uncased if it is there, else the small default), a name, or a folder")
-    model.add_argument("--pooling", choices=("cls", "mean"), default="cls", help="sentence vector: BERT's pooler or a mean")
-    model.add_argument("--attention", choices=("plain", "sdpa"), default="plain", help="written out, or torch's kernel")
-    model.add_argument("--precision", choices=tuple(PRECISIONS), default="fp32", help="autocast precision")
-    model.add_argument("--para_loss", choices=tuple(PARA_LOSSES), default="bce", help="loss of the paraphrase task")
-    model.add_argument("--sts_loss", choices=tuple(STS_LOSSES), default="mse", help="loss of the similarity task")
-    model.add_argument("--cosine_margin", type=share, default=0.0, help="margin of the cosine embedding loss")
-
-    plan = parser.add_argument_group("optimisation")
-    plan.add_argument("--optimizer", choices=tuple(OPTIMIZERS), default="adamw", help="update rule")
-    plan.add_argument("--weight_decay", type=at_least_zero, default=0.01, help="decoupled weight decay")
-    plan.add_argument("--schedule", choices=tuple(SCHEDULES), default="linear", help="course of the learning rate")
-    plan.add_argument("--warmup", type=share, default=0.1, help="share of the training that warms up")
-    plan.add_argument("--clip", type=at_least_zero, default=1.0, help="largest global gradient norm; 0: no clipping")
-    plan.add_argument("--accumulate", type=positive_int, default=1, help="batches per optimiser step")
-    plan.add_argument("--task_weights", nargs="+", metavar="TASK=W", help="weights of the tasks' losses (1 each)")
-    plan.add_argument("--step", choices=("one_task", "all_tasks"), default="one_task", help="tasks in one optimiser step")
-
-    output = parser.add_argument_group("output")
-    output.add_argument("--run_dir", help="where the run goes; default runs/ and a name made of the flags")
-    output.add_argument("--resume", action="store_true", help="continue the run in --run_dir")
-    output.add_argument("--overwrite", action="store_true", help="replace the run in --run_dir")
-    output.add_argument("--keep_last", action="store_true", help="keep last.pt when the run is complete")
-    output.add_argument("--log_every", type=positive_int, default=50, help="steps per line of log.jsonl")
-    output.add_argument("--save_every", type=positive, default=10.0, help="minutes between saved states within a phase")
-    output.add_argument("--eval_batch_size", type=positive_int, default=32, help="examples per batch of an evaluation")
-    return parser
-
-
-def parse_flags(argv=None):
-    """Read the command line. Returns ({flag: value}, names of the flags that were given, {flag: default})."""
-    parser = make_parser()
-    flags = vars(parser.parse_args(argv))
-    defaults = vars(parser.parse_args([]))
-    bare = make_parser()
-    for action in bare._actions:
-        action.default = argparse.SUPPRESS
-    return flags, set(vars(bare.parse_args(argv))), defaults
-
+# --- the parts of a run ----------------------------------------------------------------------------------------------
 
 def choose_device(use_gpu):
     """The device to train on; a warning where a GPU is wanted and there is none."""
@@ -796,24 +711,89 @@ def task_table(flags):
 
 
 def build_model(flags, tasks, bert):
-    """The model of a run around a BERT, new heads drawn from the seed."""
-    init = torch.Generator().manual_seed(flags["seed"])
-    return MultitaskBERT(bert, tasks, flags["hidden_dropout_prob"], flags["pooling"], False, init)
+    """The model of a run around a BERT, new parts drawn from the seed."""
+    init, adapters = torch.Generator().manual_seed(flags["seed"]), None
+    if flags["adapter"] != ["none"]:
+        adapters = build_adapters(bert.config, list(tasks), flags["adapter"], flags["adapter_size"], init)
+    dropout, exits = flags["hidden_dropout_prob"], has_exits(flags)
+    return MultitaskBERT(bert, tasks, dropout, flags["pooling"], exits, adapters, init)
+
+
+def build_trainable(flags, hidden_size):
+    """What the run may train at all, as (row of LEARNING_RATES, function of a parameter's name)."""
+    if flags["option"] == "pretrain":
+        return "pretrain", lambda name: not name.startswith("bert.")
+    if flags["adapter"] != ["none"] and not flags["train_backbone"]:
+        return "adapter", lambda name: trained_with(name, flags["adapter"])
+    return "small" if hidden_size <= SMALL else "finetune", lambda name: True
+
+
+def build_terms(flags, model):
+    """The loss terms: the task's own, and those of the extensions that are on."""
+
+    def noise(purpose):
+        # a generator of its own, so that an extension leaves everybody else's random numbers alone
+        return torch.Generator().manual_seed(int(generator(flags["seed"], purpose).integers(2**62)))
+
+    terms = {"loss": TaskLoss()}
+    if has_exits(flags):
+        terms["lte"] = LTELoss()
+    mixed = flags["precision"] != "fp32"
+    if flags["smart"] is not None and flags["smart_weight"] != 0:
+        chosen = flags["smart"] or flags["tasks"]
+        if flags["smart_form"] == "gaussian":
+            given = {"weight": flags["smart_weight"], "sigma": flags["smart_noise"]}
+            form = GaussianSmart
+        else:
+            given = {key: flags[f"smart_{key}"] for key in ("weight", "radius", "step", "noise")}
+            form = AdversarialSmart
+        given = {key: value for key, value in given.items() if value is not None}
+        terms["smart"] = form(chosen, noise("smart"), mixed_precision=mixed, **given)
+    if flags["bregman"]:
+        terms["bregman"] = Bregman(model, flags["bregman"])
+    if flags["lnsr"]:
+        terms["lnsr"] = LNSR(noise("lnsr"), flags["lnsr"])
+    return terms
+
+
+def build_plan(flags, depth):
+    """The training plan, as a function that makes a fresh one."""
+    epochs, size = flags["epochs"], flags["epoch_size"]
+
+    def plan():
+        if flags["smart_alternating"]:
+            joint = exit_weights(flags["exit_loss"], depth)[-1]
+            second = slf.smart_alternating(epochs, depth, joint, size)
+        elif flags["exit_loss"] == "two_stage":
+            second = slf.two_stage(epochs, depth, exit_weights("joint", depth)[-1], size)
+        else:
+            cycle = exit_weights(flags["exit_loss"], depth) if has_exits(flags) else ({depth: 1.0},)
+            second = slf.plain(epochs, cycle, size)
+        return slf.sequential_layer_focus(depth, flags["slf_epochs"], second) if flags["slf"] else second
+
+    return plan
+
+
+def build_exit_settings(flags, tasks):
+    """How the run leaves early at inference, or None."""
+    if not flags["early_exit"]:
+        return None
+    policies = choose_policies(tasks, flags["exit_policy"])
+    thresholds = per_task(flags["exit_threshold"], "--exit_threshold", list(tasks), threshold)
+    if flags["lte_threshold"] is not None:
+        thresholds |= {name: flags["lte_threshold"] for name, policy in policies.items() if policy == "lte"}
+    return ExitSettings(policies, dict.fromkeys(tasks) | thresholds, flags["exit_quality"])
 
 
 def build(flags, model, data, device):
-    """Fill the loop's slots: the only place that decides by flags."""
+    """Fill the loop's slots: with its helpers above, the only place that decides by flags."""
     precision = make_precision(flags["precision"], device)
-    frozen = flags["option"] == "pretrain"
-
-    def may_train(name):
-        return not (frozen and name.startswith("bert."))
-
-    if frozen:
+    trained_set, may_train = build_trainable(flags, model.bert.config.hidden_size)
+    if trained_set == "pretrain" and not has_exits(flags) and flags["smart"] is None:
         for splits in data.values():
             for dataset in splits.values():
                 cache_features(model, dataset, flags["eval_batch_size"], precision)
-    learning_rate = flags["lr"] or LEARNING_RATES[flags["optimizer"]][flags["option"]]
+    learning_rate = flags["lr"] or LEARNING_RATES[flags["optimizer"]][trained_set]
 
     def make_optimizer(parameters):
         groups = parameter_groups(parameters.items(), flags["weight_decay"])
@@ -822,26 +802,26 @@ def build(flags, model, data, device):
             group["initial_lr"] = group["lr"]
         return optimizer
 
-    def schedule(progress):
-        return SCHEDULES[flags["schedule"]](progress, flags["warmup"])
-
+    combine = {"sum": gradients.Sum, "pcgrad": gradients.PCGrad, "gradvac": gradients.GradVac}[flags["gradients"]]
+    order = torch.Generator().manual_seed(flags["seed"])
     return Parts(
         model=model,
         data=data,
-        plan=lambda: slf.plain(flags["epochs"], ({model.depth: 1.0},)),
-        terms={"loss": TaskLoss()},
-        gradients=Sum(list(model.parameters())),
+        plan=build_plan(flags, model.depth),
+        terms=build_terms(flags, model),
+        gradients=combine(list(model.parameters()), order),
         make_optimizer=make_optimizer,
         may_train=may_train,
-        schedule=schedule,
+        schedule=lambda progress: SCHEDULES[flags["schedule"]](progress, flags["warmup"]),
         device=device,
         precision=precision,
         scaler=torch.amp.GradScaler(device.type, enabled=flags["precision"] == "fp16"),
+        exit_settings=build_exit_settings(flags, model.tasks),
         task_weights=dict.fromkeys(data, 1.0) | per_task(flags["task_weights"], "--task_weights", list(data), positive),
         batch_size=flags["batch_size"],
         accumulate=flags["accumulate"],
         eval_batch_size=flags["eval_batch_size"],
-        all_tasks=flags["step"] == "all_tasks",
+        all_tasks=flags["step"] == "all_tasks" or flags["gradients"] != "sum",
         split=flags["split"],
         sampler=flags["sampler"],
         clip=flags["clip"],
@@ -855,32 +835,15 @@ def build(flags, model, data, device):
 # --- a run from start to end --------------------------------------------------------------------------------------
 
 
-def score_table(scores, tasks):
-    """Lines of a table of dev scores."""
-    lines = [f"{'task':<18}{'metric':<10}{'dev':>7}{'majority':>10}{'positive':>10}{'macro F1':>10}"]
-    for name, task in tasks.items():
-        metrics = scores["tasks"][name]
-        cells = [metrics.get(key) for key in ("majority", "positive_rate", "macro_f1")]
-        told = "".join(f"{'':>10}" if cell is None else f"{cell:>10.3f}" for cell in cells)
-        lines.append(f"{task.title:<18}{task.metric:<10}{metrics[task.metric]:>7.3f}{told}")
-    lines.append(f"raw {scores['raw']:.4f}   norm {scores['norm']:.4f}")
-    return lines
-
-
-def write_all_predictions(parts, folder, splits=("dev", "test")):
-    """Predict every row of the given splits and write the prediction files."""
-    for name, datasets in parts.data.items():
-        for split in splits:
-            how = dict(batch_size=parts.eval_batch_size, precision=parts.precision, progress=sys.stderr.isatty())
-            write_predictions(folder, predict(parts.model, datasets[split], **how), split)
-
-
 def finish(parts, folder, progress):
-    """Write predictions and the summary of the best model; print the closing table."""
+    """Score the best model, write its predictions, pictures and the summary."""
     folder.load_best(parts.model)
+    print(f"\nbest model: {progress.best_phase} (last phase: norm {progress.last_scores['norm']:.4f})")
     started = time.monotonic()
-    scores = evaluate_saved(parts)
-    write_all_predictions(parts, folder.path / "predictions")
+    scores, exits = close(
+        parts.model, parts.data, folder.path, parts.how(), parts.exit_settings, sys.stderr.isatty()
+    )
+    counted = exits["dev"] if exits else scores
     summary = {
         "best": {"phase": progress.best_phase, **scores},
         "last": progress.last_scores,
@@ -889,30 +852,29 @@ def finish(parts, folder, progress):
         "train_seconds": round(progress.train_seconds, 1),
         "eval_seconds": round(progress.eval_seconds, 1),
         "finish_seconds": round(time.monotonic() - started, 1),
-        "mean_layers": float(np.mean([metrics["mean_layers"] for metrics in scores["tasks"].values()])),
+        "mean_layers": float(np.mean([metrics["mean_layers"] for metrics in counted["tasks"].values()])),
         "positive_rate": scores["tasks"].get("para", {}).get("positive_rate"),
         "peak_mib": peak_memory(parts.device),
+        "exits": exits,
     }
     folder.summary(summary)
-    print(f"\nbest model: {progress.best_phase} (last phase: norm {progress.last_scores['norm']:.4f})")
-    print("\n".join(score_table(scores, parts.model.tasks)))
     print(f"minutes: training {progress.train_seconds / 60:.1f}, evaluation {progress.eval_seconds / 60:.1f}")
-    print(f"predictions: {folder.path / 'predictions'}")
     if not parts.keep_last:
         folder.remove_last()
 
 
-def evaluate_saved(parts):
-    """Dev scores of the model as it is, as plain data."""
-    how = dict(batch_size=parts.eval_batch_size, precision=parts.precision)
-    scores, _ = evaluate(parts.model, parts.dev(), **how)
-    for warning in scores.warnings:
-        print(f"warning: {warning}")
-    return {"tasks": scores.tasks, "raw": scores.raw, "norm": scores.norm}
+@dataclass
+class SavedRun:
+    """A finished run, ready to answer: `infer` leaves early where the run was trained to."""
+
+    model: MultitaskBERT
+    tokenizer: BertTokenizer
+    flags: dict
+    infer: Callable
 
 
 def load_run(path, device, given=None):
-    """A saved run's (model, tokenizer, flags, config); flags in `given` override what the run was trained with."""
+    """Load a saved run; flags in `given` override what the run was trained with."""
     folder = RunFolder(path)
     config = folder.config()
     flags = config["flags"] | (given or {})
@@ -920,27 +882,35 @@ def load_run(path, device, given=None):
     bert = BertModel(BertConfig(**config["bert"]), attention=flags["attention"])
     model = build_model(flags, task_table(flags), bert)
     folder.load_best(model)
-    return model.to(device).eval(), tokenizer, flags, config
+    exits = folder.read_summary().get("exits")
+    batch_size = flags["eval_batch_size"]
+    infer = ExitInference(exits["policies"], exits["thresholds"], batch_size) if exits else full_depth
+    return SavedRun(model.to(device).eval(), tokenizer, flags, infer)
 
 
 def evaluate_run(flags, given):
     """--option evaluate: score a saved run on its dev data, write its predictions beside the training ones."""
     if not flags["run_dir"]:
         raise InputError("--option evaluate: which run? give --run_dir")
-    overrides = {"use_gpu", "data_dir", "eval_batch_size", "precision", "attention"}
+    overrides = {"use_gpu", "data_dir", "eval_batch_size", "precision", "attention", *EXIT_FLAGS}
     overrides |= {f"{name}_{split}" for name in TASK_NAMES for split in SPLITS}
-    for name in given - overrides - {"option", "run_dir", "log_every"}:
+    for name in given - overrides - {"option", "run_dir", "early_exit"}:
         raise InputError(f"--{name}: belongs to training; --option evaluate takes it from the run")
     device = choose_device(flags["use_gpu"])
+    levels = sweep_levels(flags["exit_threshold"])
     changed = {name: flags[name] for name in given & overrides}
-    model, tokenizer, flags, _ = load_run(flags["run_dir"], device, changed)
-    data, _ = read_data(flags, model.tasks, tokenizer)
-    parts = build(flags | {"option": "finetune"}, model, data, device)
-    folder = RunFolder(flags["run_dir"])
-    scores = evaluate_saved(parts)
-    print("\n".join(score_table(scores, model.tasks)))
-    write_all_predictions(parts, folder.path / "evaluate")
-    print(f"predictions: {folder.path / 'evaluate'}")
+    if levels:
+        changed["exit_threshold"] = ["auto"]
+    run = load_run(flags["run_dir"], device, changed)
+    if given & set(EXIT_FLAGS) and not run.flags["early_exit"]:
+        raise InputError(f"{flags['run_dir']}: was trained without --early_exit: it has no exits to leave by")
+    data, _ = read_data(run.flags, run.model.tasks, run.tokenizer)
+    parts = build(run.flags | {"option": "finetune"}, run.model, data, device)
+    folder = Path(flags["run_dir"]) / "evaluate"
+    if levels:
+        close_sweep(run.model, parts.dev(), folder, parts.exit_settings, levels, parts.how())
+    else:
+        close(run.model, data, folder, parts.how(), parts.exit_settings, sys.stderr.isatty())
 
 
 def start_run(flags, given, defaults):
@@ -961,12 +931,20 @@ def start_run(flags, given, defaults):
     data, files = read_data(flags, tasks, tokenizer)
     hashes = {name: sha256(path) for name, path in files.items()}
     if flags["resume"]:
-        check_same_data(config, hashes)
+        check_same_files(config["data"], hashes)
+        check_same_files(config["weights"]["sha256"], hash_weights(weights))
     print("\n".join(report(data)))
     bert = BertModel.from_pretrained(weights, attention=flags["attention"])
+    if not SHORTEST <= flags["max_length"] <= bert.config.max_position_embeddings:
+        raise InputError(
+            f"--max_length {flags['max_length']}: give a length from {SHORTEST} to "
+            f"{bert.config.max_position_embeddings}, the positions of {weights}"
+        )
     model = build_model(flags, tasks, bert).to(device)
     parts = build(flags, model, data, device)
     print("\n".join(parameter_table(model, parts.may_train)))
+    if model.adapters is not None:
+        print("\n".join(parameter_report(model.adapters)))
     state = None
     if flags["resume"]:
         state = folder.load_last()
@@ -1001,6 +979,7 @@ def start_run(flags, given, defaults):
 def main(argv=None):
     """Train or evaluate as the flags say. Returns the exit status."""
     flags, given, defaults = parse_flags(argv)
+    check_flags(flags, given)
     if flags["option"] == "evaluate":
         return evaluate_run(flags, given)
     return start_run(flags, given, defaults)

@@ -85,8 +85,11 @@ class RunFolder:
         self.log_path = self.path / "log.jsonl"
 
     def exists(self):
-        """Whether a run has been started here."""
-        return (self.path / "config.json").is_file()
+        """Whether a run has been started here (a weights folder has a config.json too, without flags)."""
+        try:
+            return "flags" in json.loads((self.path / "config.json").read_text())
+        except (OSError, ValueError):
+            return False
 
     def refuse_existing(self, overwrite):
         """Fail where something is here already that must not be replaced."""
@@ -114,11 +117,14 @@ class RunFolder:
         """What config.json says."""
         path = self.path / "config.json"
         try:
-            return json.loads(path.read_text())
-        except FileNotFoundError:
-            raise InputError(f"{self.path}: no run here (config.json is missing): check the path") from None
+            config = json.loads(path.read_text())
+        except OSError:
+            raise InputError(f"{self.path}: no run here (no config.json to read): check the path") from None
         except ValueError as error:
             raise InputError(f"{path}: not JSON ({error}): the run directory is damaged") from None
+        if "flags" not in config:
+            raise InputError(f"{path}: not the config of a run: check the path")
+        return config
 
     def log(self, **record):
         """Append a line to log.jsonl."""
@@ -138,15 +144,22 @@ class RunFolder:
         write_whole(self.path / "last.pt", lambda file: torch.save(state, file))
 
     def load_last(self):
-        """What save_last saved, or None; cuts the log back to that moment."""
+        """What save_last saved, or None; cuts the log back to that moment and removes half-written files.
+
+        Raises: InputError where there is nothing to continue, or the file is damaged.
+        """
         path = self.path / "last.pt"
         state = None
+        if not path.exists() and (self.path / "summary.json").exists():
+            raise InputError(f"{self.path}: this run is complete: replace it with --overwrite, or choose another --run_dir")
         if path.exists():
             try:
                 state = torch.load(path, map_location="cpu", weights_only=True)
             except Exception as error:  # a cut-off or foreign file raises one of many kinds
                 reason = str(error).split("\n")[0][:100]
                 raise InputError(f"{path}: cannot be loaded ({reason}): start again with --overwrite") from None
+        for part in self.path.rglob(".*.part"):
+            part.unlink()
         if self.log_path.exists():
             os.truncate(self.log_path, min(self.log_position(), state["log_position"] if state else 0))
         return state
@@ -185,6 +198,11 @@ class RunFolder:
                 )
         model.load_state_dict(tensors)
 
+    def read_summary(self):
+        """What summary.json says; nothing for a run that has not finished."""
+        path = self.path / "summary.json"
+        return json.loads(path.read_text()) if path.is_file() else {}
+
     def summary(self, content):
         """Write summary.json."""
         write_whole(self.path / "summary.json", json.dumps(content, indent=1))
@@ -200,10 +218,10 @@ def check_same_run(config, flags, given):
             )
 
 
-def check_same_data(config, hashes):
-    """Fail where a resumed run reads other files than it was started with."""
-    for name, value in hashes.items():
-        if config["data"].get(name) != value:
+def check_same_files(before, now):
+    """Fail where a resumed run reads other files (data or weights) than it was started with. Both: {name: sha256}."""
+    for name, value in now.items():
+        if before.get(name) != value:
             raise InputError(f"{name}: not the file this run was started with (its sha256 differs): cannot resume")
 
 

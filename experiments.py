@@ -1,0 +1,173 @@
+#!/usr/bin/env python3
+"""Run the experiments of README and make their tables from the runs' own logs. Read first: README.md.
+
+    python experiments.py core --data_dir ../shared/data        # runs what is not there yet, then writes results/core.*
+    python experiments.py methods --list                        # only shows the commands
+
+A row is a name and the flags that it adds to its group's. A finished run is not run again; an interrupted one is
+resumed. Every number in results/ is read from runs/experiments/GROUP/NAME, never typed.
+"""
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from errors import InputError, run_script
+from files import write_whole
+
+HERE = Path(__file__).parent
+# what every group adds: the small weights, which every reader has
+COMMON = "--weights minilm --precision bf16"
+GROUPS = {
+    "core": (
+        "--epochs 3 --batch_size 16",
+        {
+            "finetune, seed 1": "--seed 1",
+            "finetune, seed 2": "--seed 2",
+            "finetune, seed 3": "--seed 3",
+            "pretrain (BERT frozen)": "--option pretrain --seed 1 --epochs 10",
+            "SST alone, last linear layer": "--tasks sst --option pretrain --seed 1 --epochs 10",
+            "SST alone, full model": "--tasks sst --seed 1",
+            "CFIMDB alone, last linear layer": "--tasks cfimdb --option pretrain --seed 1 --epochs 10 --max_length 256",
+            "CFIMDB alone, full model": "--tasks cfimdb --seed 1 --max_length 256",
+        },
+    ),
+    "methods": (
+        "--epochs 2 --epoch_size 0.1 --batch_size 16 --seed 1",
+        {
+            "baseline": "",
+            "Full SMART": "--smart",
+            "SMART on Quora": "--smart para",
+            "SMART, literal radius 1e-5": "--smart --precision fp32 --smart_radius 1e-5 --smart_step 1e-3 --smart_noise 1e-5",
+            "SMART, Gaussian form": "--smart --smart_form gaussian",
+            "Bregman": "--bregman 1",
+            "LNSR": "--lnsr 1",
+            "Early exit, joint": "--early_exit",
+            "Early exit, weighted": "--early_exit --exit_loss weighted",
+            "Early exit, alternating": "--early_exit --exit_loss alternating",
+            "Early exit, two stage": "--early_exit --exit_loss two_stage",
+            "SLF": "--slf --slf_epochs 0.05",
+            "Smart Alternating": "--smart_alternating --epochs 4",
+            "SLF + Smart Alternating + early exit": "--slf --slf_epochs 0.05 --smart_alternating --early_exit --epochs 4",
+            "embed_concat": "--pairs embed_concat",
+            "siamese": "--pairs siamese",
+            "siamese, mean pooling": "--pairs siamese --pooling mean",
+            "cosine losses": "--pairs siamese --pooling mean --para_loss cosine --sts_loss cosine",
+            "Quora as MSE": "--para_loss mse",
+            "adapter before": "--adapter before",
+            "adapter after": "--adapter after",
+            "adapter Houlsby": "--adapter houlsby",
+            "adapter LHUC": "--adapter lhuc",
+            "adapter PAL": "--adapter pal",
+            "all tasks a step": "--step all_tasks",
+            "PCGrad": "--gradients pcgrad",
+            "GradVac": "--gradients gradvac",
+            "RMSprop": "--optimizer rmsprop",
+            "SGD": "--optimizer sgd",
+            "sequential order": "--sampler sequential",
+        },
+    ),
+}
+
+
+def flags_of(group, name):
+    """The flags of one row, later ones overriding earlier ones."""
+    shared, rows = GROUPS[group]
+    return shlex.split(f"{COMMON} {shared} {rows[name]}")
+
+
+def slug(name):
+    """A directory name for a row."""
+    return "".join(c if c.isalnum() else "-" for c in name.lower()).strip("-").replace("--", "-")
+
+
+def run_row(group, name, data_dir, runs):
+    """Train one row unless its summary is there. Returns its run directory, or None where it failed."""
+    folder = runs / group / slug(name)
+    if (folder / "summary.json").exists():
+        return folder
+    command = [sys.executable, "multitask_classifier.py", *flags_of(group, name), "--run_dir", str(folder)]
+    if data_dir:
+        command += ["--data_dir", data_dir]
+    if (folder / "config.json").exists():
+        command += ["--resume"]
+    print(f"== {group}: {name}\n{' '.join(command[1:])}", flush=True)
+    status = subprocess.run(command, cwd=HERE).returncode
+    if status == 130:
+        raise InputError("interrupted: the same command goes on from here")
+    return folder if status == 0 else None
+
+
+def read_row(group, name, folder):
+    """One row of the table, from the run's files alone."""
+    config, summary = (json.loads((folder / file).read_text()) for file in ("config.json", "summary.json"))
+    row = {"name": name, "flags": " ".join(flags_of(group, name)), "commit": config["commit"]}
+    row |= {"device": config["device"], "threads": config["threads"], "torch": config["torch"]}
+    row |= {"data": config["data"], "weights": config["weights"]["sha256"], "seed": config["flags"]["seed"]}
+    for key in ("best", "last"):
+        row[key] = {"raw": summary[key]["raw"], "norm": summary[key]["norm"]}
+        for task, metrics in summary[key]["tasks"].items():
+            row[key][task] = metrics.get("pearson", metrics.get("accuracy"))
+    keep = ("phase_norms", "steps", "train_seconds", "eval_seconds", "positive_rate", "peak_mib", "exits")
+    return row | {key: summary.get(key) for key in keep}
+
+
+def table(group, rows):
+    """The group's table in Markdown."""
+    tasks = [task for task in ("sst", "cfimdb", "para", "sts") if any(task in row["last"] for row in rows)]
+    head = ["row", *tasks, "norm", "raw", "best norm", "Quora positive", "train s", "eval s", "adds to the group's flags"]
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    for row in rows:
+        numbers = [row["last"].get(task) for task in tasks] + [row["last"]["norm"], row["last"]["raw"]]
+        numbers += [row["best"]["norm"], row["positive_rate"]]
+        cells = ["" if x is None else f"{x:.3f}" for x in numbers]
+        cells += [f"{row['train_seconds']:.0f}", f"{row['eval_seconds']:.0f}"]
+        lines.append(f"| {row['name']} | {' | '.join(cells)} | `{GROUPS[group][1][row['name']]}` |")
+    first, commits = rows[0], sorted({row["commit"] for row in rows})
+    means = [f"{key} {np.mean([row['train_seconds'] for row in rows]):.0f}" for key in ("mean training seconds",)]
+    lines += [
+        "",
+        f"Scores of the last phase; `best norm` is chosen on the same dev data. Group's flags: `{COMMON} "
+        f"{GROUPS[group][0]}`. Device: {first['device']}, {first['threads']} threads, torch {first['torch']}; "
+        f"commit {', '.join(commits)}; {'; '.join(means)}.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main(argv=None):
+    """Run a group and write its tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("group", choices=GROUPS)
+    parser.add_argument("--data_dir", help="folder of the course's data; default as in multitask_classifier.py")
+    parser.add_argument("--runs", type=Path, default=Path("runs/experiments"), help="where the runs are")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="only these rows")
+    parser.add_argument("--list", action="store_true", help="show the commands, run nothing")
+    parser.add_argument("--collect", action="store_true", help="make the tables from finished runs, run nothing")
+    args = parser.parse_args(argv)
+    rows = []
+    for name in GROUPS[args.group][1]:
+        if args.only and name not in args.only:
+            continue
+        if args.list:
+            print(f"{name}: multitask_classifier.py {' '.join(flags_of(args.group, name))}")
+            continue
+        folder = args.runs / args.group / slug(name)
+        if not args.collect:
+            folder = run_row(args.group, name, args.data_dir, args.runs)
+        if folder is None or not (folder / "summary.json").exists():
+            print(f"no result: {name}")
+            continue
+        rows.append(read_row(args.group, name, folder))
+    if rows:
+        write_whole(HERE / "results" / f"{args.group}.json", json.dumps(rows, indent=1))
+        write_whole(HERE / "results" / f"{args.group}.md", table(args.group, rows))
+        print(table(args.group, rows))
+
+
+if __name__ == "__main__":
+    run_script(main)

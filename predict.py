@@ -1,0 +1,128 @@
+#!/usr/bin/env python3
+"""Ask a trained run: one text, a CSV file, or standard input. Read first: multitask_classifier.py (`load_run`).
+
+    python predict.py runs/finetune sst "a gripping film"
+    python predict.py runs/finetune para "Is tea healthy?" "Is it good to drink tea?"
+    python predict.py runs/finetune sts --file pairs.csv --out answers.csv
+    cat reviews.txt | python predict.py runs/finetune sst
+
+It runs the code of evaluation.py, so that a text gets the numbers that it gets in a run's prediction files.
+"""
+
+import csv
+import io
+import math
+import sys
+
+# first of ours: it says what to do where torch is not installed
+import multitask_classifier  # isort: skip
+from datasets import Dataset, read_dataset
+from errors import InputError, Parser, run_script
+from evaluation import describe, predict
+from files import write_whole
+
+
+def make_parser():
+    """The command line."""
+    parser = Parser(description=__doc__.split("Read first")[0], epilog="Without TEXT and --file, standard input is read.")
+    parser.add_argument("run", help="run directory")
+    parser.add_argument("task", choices=multitask_classifier.TASK_NAMES, help="which of the run's tasks")
+    parser.add_argument("texts", nargs="*", metavar="TEXT", help="the text, or the two texts of a pair")
+    parser.add_argument("--file", metavar="CSV", help="the course's format, tab separated; it needs no label column")
+    parser.add_argument("--out", metavar="CSV", help="write texts and answers here, rather than print the answers")
+    parser.add_argument("--use_gpu", action="store_true", help="work on CUDA or Apple's MPS where there is one")
+    return parser
+
+
+def collect(task, rows, tokenizer, max_length):
+    """A dataset of texts without labels, one tuple of texts per row."""
+    dataset = Dataset(task, None, tokenizer, max_length)
+    for number, texts in enumerate(rows, start=1):
+        dataset.add(str(number), [text.strip() for text in texts], math.nan)
+    return dataset.freeze()
+
+
+def check_count(task, texts, where):
+    """Fail where a row has another number of texts than the task compares."""
+    if len(texts) != len(task.columns):
+        wanted = "one text" if len(task.columns) == 1 else "two texts"
+        raise InputError(f"{where}: {len(texts)} given, but {task.name} takes {wanted}; quote a text that has spaces")
+
+
+def read_lines(task, stream):
+    """Rows of texts from lines: one text per line, a pair separated by a tab."""
+    rows = []
+    for number, raw in enumerate(stream, start=1):
+        where = f"standard input: line {number}"
+        try:
+            line = raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            value = raw[error.start : error.start + 1]
+            raise InputError(f"{where}: byte {value!r} is not UTF-8: convert the text to UTF-8") from None
+        texts = [line] if len(task.columns) == 1 else line.split("\t")
+        if len(texts) != len(task.columns):
+            raise InputError(f"{where}: {len(texts)} texts, but {task.name} takes two, separated by a tab")
+        rows.append(texts)
+    if not rows:
+        raise InputError("standard input: empty: give a text per line, a TEXT argument, or --file")
+    return rows
+
+
+def read_questions(args, task, tokenizer, max_length):
+    """The dataset to answer, from wherever the command line says."""
+    if args.file:
+        if args.texts:
+            raise InputError(f"--file {args.file}: goes without TEXT arguments: give one or the other")
+        return read_dataset(task, args.file, tokenizer, max_length, labelled=False)
+    if args.texts:
+        check_count(task, args.texts, "TEXT")
+        return collect(task, [args.texts], tokenizer, max_length)
+    if sys.stdin.isatty():
+        print("one text per line (two, separated by a tab, for a pair); end with Ctrl-D", file=sys.stderr)
+    return collect(task, read_lines(task, sys.stdin.buffer), tokenizer, max_length)
+
+
+def answer_lines(predictions):
+    """One line per row: label and its probability, or the score."""
+    for i in range(len(predictions.values)):
+        value, label, probability = describe(predictions, i)
+        yield f"{label}\t{probability}" if label else value
+
+
+def answer_table(predictions):
+    """A CSV of texts and answers."""
+    data, table = predictions.data, io.StringIO()
+    writer = csv.writer(table)
+    writer.writerow(["id", *data.task.columns, "prediction", "label", "probability"])
+    for i, row in enumerate(predictions.rows):
+        writer.writerow([data.identifier(row), *data.text(row), *describe(predictions, i)])
+    return table.getvalue()
+
+
+def main(argv=None):
+    """Answer what the command line asks."""
+    args = make_parser().parse_args(argv)
+    device = multitask_classifier.choose_device(args.use_gpu)
+    run = multitask_classifier.load_run(args.run, device)
+    tasks, flags = run.model.tasks, run.flags
+    if args.task not in tasks:
+        raise InputError(f"{args.task}: {args.run} was not trained on it: choose from {', '.join(tasks)}")
+    data = read_questions(args, tasks[args.task], run.tokenizer, flags["max_length"])
+    if data.truncated:
+        print(f"note: {data.truncated} rows are cut to {data.max_length} tokens", file=sys.stderr)
+    predictions = predict(
+        run.model,
+        data,
+        infer=run.infer,
+        batch_size=flags["eval_batch_size"],
+        precision=multitask_classifier.make_precision(flags["precision"], device),
+        progress=sys.stderr.isatty(),
+    )
+    if args.out:
+        write_whole(args.out, answer_table(predictions))
+    else:
+        print("\n".join(answer_lines(predictions)))
+
+
+if __name__ == "__main__":
+    run_script(main)

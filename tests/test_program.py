@@ -1,0 +1,674 @@
+"""The whole program on a tiny model: its files, its repeatability, and what it says when something is wrong.
+
+The runs are real ones: main() with a command line, a weights folder and CSV files. Where a run is killed it is a
+process of its own, and the kill is SIGKILL.
+"""
+
+import errno
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from itertools import chain, combinations, count
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import make_model, read_csv, write_data, write_weights
+
+import closing
+import files
+import multitask_classifier
+import runs
+from bert import BertModel
+from datasets import read_dataset
+from errors import InputError, run_script
+from evaluation import predict
+from files import write_whole
+from multitask_classifier import load_run, main
+from tasks import build_tasks
+from tokenizer import BertTokenizer
+
+PROGRAM = Path(multitask_classifier.__file__)
+TASK_NAMES = ("sst", "cfimdb", "para", "sts")
+EPOCHS, STEPS_PER_EPOCH = 2, 7
+# with this, a state is saved within an epoch every few steps
+OFTEN = ("--save_every", "0.00005", "--keep_last")
+
+
+class Program:
+    """A weights folder, a data folder, and runs beside them."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.weights, self.data = write_weights(folder / "weights"), write_data(folder / "data")
+
+    def path(self, name):
+        """The run directory of a name."""
+        return self.folder / name
+
+    def command(self, name, *flags):
+        """The command line of a run: the given flags win over the usual ones."""
+        usual = f"--epochs {EPOCHS} --batch_size 8 --lr 0.003 --max_length 40 --weights {self.weights}"
+        return [*usual.split(), "--data_dir", str(self.data), "--run_dir", str(self.path(name)), *map(str, flags)]
+
+    def train(self, name, *flags):
+        """Run the program here; it must end well. Returns the run directory."""
+        assert not main(self.command(name, *flags))
+        return self.path(name)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def draw():
+    """Most runs leave an empty picture: drawing takes longer than training a tiny model. Gives the real function."""
+    with pytest.MonkeyPatch.context() as patch:
+        real = closing.plot_confusion
+        patch.setattr(closing, "plot_confusion", lambda path, *args: write_whole(path, b""))
+        yield real
+
+
+@pytest.fixture(scope="session")
+def program(tmp_path_factory):
+    return Program(tmp_path_factory.mktemp("program"))
+
+
+@pytest.fixture(scope="session")
+def whole(program):
+    """A finished run that was never stopped, with its last state."""
+    return program.train("whole", "--keep_last")
+
+
+@pytest.fixture
+def fresh(tmp_path):
+    """A program of this test's own, to be spoilt."""
+    return Program(tmp_path)
+
+
+def content(folder):
+    """{relative path: bytes} of every file below a folder."""
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def weights_of(run):
+    """The weights of a run's last state."""
+    return torch.load(run / "last.pt", weights_only=True)["model"]
+
+
+def differences(first, second):
+    """Names of the tensors that are not the same, bit for bit."""
+    assert first.keys() == second.keys()
+    return {name for name in first if not torch.equal(first[name], second[name])}
+
+
+def log_of(run):
+    """The lines of log.jsonl."""
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def assert_same_end(run, whole):
+    """A run ended exactly as the one that was never stopped."""
+    assert (run / "best.safetensors").read_bytes() == (whole / "best.safetensors").read_bytes()
+    ours, theirs = (torch.load(path / "last.pt", weights_only=True) for path in (run, whole))
+    assert not differences(ours["model"], theirs["model"])
+    assert torch.equal(ours["rng"], theirs["rng"])
+    assert ours["progress"]["scores"] == theirs["progress"]["scores"]
+    assert ours["optimizer"]["state"].keys() == theirs["optimizer"]["state"].keys()
+    for key, state in theirs["optimizer"]["state"].items():
+        for name, value in state.items():
+            assert torch.equal(torch.as_tensor(ours["optimizer"]["state"][key][name]), torch.as_tensor(value))
+    assert {path.name for path in run.iterdir()} == {path.name for path in whole.iterdir()}
+    log = log_of(run)
+    steps = [line["step"] for line in log if line["kind"] == "step"]
+    assert steps == sorted(set(steps)) and steps[-1] == EPOCHS * STEPS_PER_EPOCH
+    assert [line["phase"] for line in log if line["kind"] == "phase"] == ["epoch 1/2", "epoch 2/2"]
+    assert read_csv(run / "predictions" / "sts-dev-readable.csv") == read_csv(
+        whole / "predictions" / "sts-dev-readable.csv"
+    )
+
+
+def refused(program, name, *flags):
+    """The one line with which a command is refused."""
+    with pytest.raises(InputError) as caught:
+        main(program.command(name, *flags))
+    line = str(caught.value)
+    assert line and "\n" not in line
+    return line
+
+
+def call_at(monkeypatch, owner, name, at, action):
+    """Do something right before a function is called for the `at`-th time."""
+    original, calls = getattr(owner, name), count(1)
+
+    def counted(*args, **kwargs):
+        if next(calls) == at:
+            action()
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, counted)
+
+
+# --- a full run ---------------------------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_its_files(program, whole, capsys, monkeypatch, draw):
+    monkeypatch.setattr(closing, "plot_confusion", draw)
+    capsys.readouterr()
+    run = program.train("files")
+    out = capsys.readouterr().out
+    assert {path.name for path in run.iterdir()} == {
+        *("config.json", "vocab.txt", "log.jsonl", "best.safetensors", "summary.json", "predictions"),
+        *("confusion-sst.png", "confusion-para.png"),
+    }
+    assert (run / "confusion-sst.png").read_bytes().startswith(b"\x89PNG")
+    assert (whole / "last.pt").is_file()
+    names = {f"{task}-{split}-{kind}.csv" for task in ("sst", "para", "sts") for split in ("dev", "test")
+             for kind in ("output", "readable")}
+    assert {path.name for path in (run / "predictions").iterdir()} == names
+    summary = json.loads((run / "summary.json").read_text())
+    best = summary["best"]
+    sst, para, sts = (best["tasks"][name] for name in ("sst", "para", "sts"))
+    assert best["raw"] == pytest.approx((sst["accuracy"] + para["accuracy"] + sts["pearson"]) / 3)
+    assert best["norm"] == pytest.approx((sst["accuracy"] + para["accuracy"] + (sts["pearson"] + 1) / 2) / 3)
+    assert best["norm"] == max(summary["phase_norms"]) and len(summary["phase_norms"]) == EPOCHS
+    assert summary["steps"] == EPOCHS * STEPS_PER_EPOCH
+    assert f"raw {best['raw']:.4f}   norm {best['norm']:.4f}" in out
+    config = json.loads((run / "config.json").read_text())
+    assert config["flags"]["lr"] == 0.003 and config["weights"]["sha256"] and len(config["data"]) == 9
+
+
+def test_every_row_has_a_prediction_and_the_scores_follow_from_them(whole):
+    rows = read_csv(whole / "predictions" / "para-dev-readable.csv")
+    right = np.mean([row["prediction"] == row["gold"] for row in rows])
+    summary = json.loads((whole / "summary.json").read_text())
+    assert right == pytest.approx(summary["best"]["tasks"]["para"]["accuracy"])
+    lines = (whole / "predictions" / "para-dev-output.csv").read_text().splitlines()
+    assert lines[0] == "id \t Predicted_Is_Paraphrase "
+    assert lines[1:] == [f"{row['id']} , {float(row['prediction']):.1f} " for row in rows]
+
+
+@pytest.mark.parametrize(
+    "tasks", list(chain.from_iterable(combinations(TASK_NAMES, n) for n in (1, 2, 4))), ids="-".join
+)
+def test_every_choice_of_tasks_trains(program, tasks):
+    name = "tasks-" + "-".join(tasks)
+    run = program.train(name, "--tasks", *tasks, "--epochs", 1)
+    summary = json.loads((run / "summary.json").read_text())
+    assert list(summary["best"]["tasks"]) == list(tasks)
+    heads = {key.split(".")[1] for key in load_file(run / "best.safetensors") if key.startswith("heads.")}
+    assert heads == set(tasks)
+
+
+@pytest.mark.parametrize("option", ["finetune", "pretrain"])
+def test_evaluating_a_saved_run_gives_the_numbers_of_training(program, capsys, option):
+    run = program.train(f"evaluated-{option}", "--option", option)
+    before = content(run)
+    trained = capsys.readouterr().out.splitlines()
+    assert not main(["--option", "evaluate", "--run_dir", str(run)])
+    evaluated = [line for line in capsys.readouterr().out.splitlines() if not line.startswith(("weights", "warning"))]
+    start = evaluated.index(next(line for line in evaluated if line.startswith("task ")))
+    table = evaluated[start : start + 5]
+    assert table[-1].startswith("raw ") and [line for line in trained if line in table] == table
+    after = content(run)
+    assert before.items() <= after.items()
+    for path in (run / "predictions").iterdir():
+        assert (run / "evaluate" / "predictions" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_evaluation_reads_other_data_and_refuses_flags_of_training(program):
+    run = program.train("evaluated-elsewhere", "--epochs", 1)
+    other = program.folder / "other-sts.csv"
+    other.write_text("".join((program.data / "sts-dev.csv").read_text().splitlines(keepends=True)[:8]))
+    assert not main(["--option", "evaluate", "--run_dir", str(run), "--sts_dev", str(other)])
+    assert len(read_csv(run / "evaluate" / "predictions" / "sts-dev-readable.csv")) == 7
+    with pytest.raises(InputError, match="--lr: belongs to training"):
+        main(["--option", "evaluate", "--run_dir", str(run), "--lr", "0.1"])
+    with pytest.raises(InputError, match="--run_dir"):
+        main(["--option", "evaluate"])
+
+
+def test_predictions_do_not_depend_on_batches_order_or_padding(program, whole):
+    run = load_run(whole, torch.device("cpu"))
+    model = run.model
+    for name, task in model.tasks.items():
+        data = read_dataset(task, program.data / task.file("dev"), run.tokenizer, run.flags["max_length"])
+        alone = predict(model, data, batch_size=1).outputs
+        for rows in (np.arange(len(data)), np.random.default_rng(0).permutation(len(data))):
+            together = predict(model, data, rows, batch_size=len(data)).outputs
+            assert np.abs(together - alone[rows]).max() <= 1e-5, name
+
+
+@pytest.mark.parametrize("pairs", ["concat", "embed_concat", "siamese"])
+def test_the_methods_of_the_course_equal_the_forward_pass(program, pairs):
+    """The course calls with separately padded ids and masks; the loop with the batches of datasets.py."""
+    tasks = build_tasks(pairs={"para": pairs, "sts": pairs})
+    model = make_model(tasks).eval()
+    tokenizer = BertTokenizer.from_pretrained(program.weights)
+    methods = {"sst": model.predict_sentiment, "para": model.predict_paraphrase, "sts": model.predict_similarity}
+    for name, task in tasks.items():
+        data = read_dataset(task, program.data / task.file("dev"), tokenizer, 40)
+        rows = np.arange(6)
+        expected = model(data.batch(rows)).logits[model.depth]
+        columns = [tokenizer([data.text(row)[i] for row in rows], max_length=40) for i in range(len(task.columns))]
+        given = [column[key] for column in columns for key in ("input_ids", "attention_mask")]
+        logits = methods[name](*given)
+        assert logits.shape == ((6, 5) if name == "sst" else (6,))
+        torch.testing.assert_close(logits, expected.reshape(logits.shape), rtol=0, atol=1e-12)
+
+
+def test_pretrain_leaves_bert_alone_and_trains_the_heads(program):
+    run = program.train("frozen", "--option", "pretrain", "--keep_last", "--lr", 0.01)
+    untrained = program.train("frozen-untrained", "--option", "pretrain", "--keep_last", "--lr", 1e-30)
+    bert, heads = {}, {}
+    for name, tensor in weights_of(run).items():
+        (bert if name.startswith("bert.") else heads)[name] = tensor
+    pretrained = BertModel.from_pretrained(program.weights).state_dict()
+    assert not differences(bert, {f"bert.{name}": tensor for name, tensor in pretrained.items()})
+    initial = weights_of(untrained)
+    assert {name for name in heads if not torch.equal(heads[name], initial[name])} == heads.keys() - {"thresholds"}
+
+
+def test_low_precision_trains_where_the_device_has_it(program, whole):
+    run = program.train("bf16", "--precision", "bf16", "--keep_last")
+    changed = weights_of(run)
+    assert {tensor.dtype for tensor in changed.values()} == {torch.float32}
+    assert all(tensor.isfinite().all() for tensor in changed.values())
+    assert differences(changed, weights_of(whole))
+    assert "fp16" in refused(program, "fp16", "--precision", "fp16")
+    assert not program.path("fp16").exists()
+
+
+# --- the same run again -------------------------------------------------------------------------------------------
+
+
+def test_the_same_seed_gives_the_same_bytes(program, whole):
+    run = program.train("again", "--keep_last")
+    assert_same_end(run, whole)
+
+
+HARMLESS = [
+    ("--log_every", 1),
+    ("--save_every", 0.00001),
+    ("--eval_batch_size", 3),
+    ("--tasks", "sst", "para", "sts"),
+    ("--task_weights", "sst=1", "sts=1"),
+]
+
+
+@pytest.mark.parametrize("flags", HARMLESS, ids=lambda flags: flags[0][2:])
+def test_a_flag_that_must_not_change_the_weights_does_not(program, whole, flags):
+    run = program.train("harmless" + flags[0], "--keep_last", *flags)
+    assert not differences(weights_of(run), weights_of(whole))
+
+
+SIAMESE = ("--pairs", "siamese")
+CHANGES = [
+    ("--lr", 0.001),
+    ("--epochs", 3),
+    ("--batch_size", 4),
+    ("--hidden_dropout_prob", 0.5),
+    ("--weight_decay", 0.5),
+    ("--warmup", 0.5),
+    ("--schedule", "cosine"),
+    ("--schedule", "constant"),
+    ("--clip", 0.01),
+    ("--optimizer", "sgd"),
+    ("--optimizer", "rmsprop"),
+    ("--split", "full"),
+    ("--split", "proportional"),
+    ("--sampler", "sequential"),
+    ("--sampler", "round_robin"),
+    ("--sampler", "proportional"),
+    ("--sampler", "sqrt"),
+    ("--step", "all_tasks"),
+    ("--pairs", "siamese"),
+    ("--pairs", "embed_concat"),
+    ("--pairs", "para=siamese"),
+    ("--pooling", "mean"),
+    ("--para_loss", "mse"),
+    ("--para_loss", "cosine", *SIAMESE),
+    ("--sts_loss", "cosine", *SIAMESE),
+    ("--cosine_margin", 0.7, "--para_loss", "cosine", *SIAMESE),
+    ("--siamese_features", "uv", *SIAMESE),
+    ("--task_weights", "para=0.1"),
+    ("--accumulate", 2),
+    ("--seed", 1),
+    ("--max_length", 8),
+]
+
+
+@pytest.fixture(scope="session")
+def one_epoch(program):
+    """{what else is set: weights after one epoch without the flag in question}."""
+    extras = {(), SIAMESE, ("--para_loss", "cosine", *SIAMESE)}
+    trained = {}
+    for number, flags in enumerate(extras):
+        trained[flags] = weights_of(program.train(f"base-{number}", "--epochs", 1, "--keep_last", *flags))
+    return trained
+
+
+@pytest.mark.parametrize("flags", CHANGES, ids=lambda flags: f"{flags[0][2:]}-{flags[1]}")
+def test_every_flag_changes_the_weights(program, one_epoch, flags):
+    run = program.train("-".join(map(str, flags)), "--epochs", 1, "--keep_last", *flags)
+    changed, base = weights_of(run), one_epoch[tuple(flags[2:])]
+    name = "bert.bert_layers.0.self_attention.query.weight"
+    assert torch.isfinite(changed[name]).all() and not torch.equal(changed[name], base[name])
+    shutil.rmtree(run)
+
+
+def test_the_annealed_sampler_moves_from_proportional_to_even(program):
+    """Its first epoch is the proportional one, its later ones are not."""
+    runs = [program.train(f"sampler-{name}", "--sampler", name, "--keep_last") for name in ("annealed", "proportional")]
+    annealed, proportional = ([line["dev"] for line in log_of(run) if line["kind"] == "phase"] for run in runs)
+    assert annealed[0] == proportional[0]
+    assert differences(weights_of(runs[0]), weights_of(runs[1]))
+
+
+def test_accumulated_batches_equal_one_large_batch(program):
+    """In float64 and without dropout the two sums differ by rounding alone."""
+    weights = write_weights(program.folder / "weights-without-dropout", dropout=0.0)
+    usual = ("--weights", weights, "--hidden_dropout_prob", 0, "--keep_last", "--optimizer", "sgd", "--lr", 0.1)
+    torch.set_default_dtype(torch.float64)
+    try:
+        large = weights_of(program.train("large", *usual, "--batch_size", 8))
+        small = weights_of(program.train("small", *usual, "--batch_size", 2, "--accumulate", 4))
+        single = weights_of(program.train("single", *usual, "--batch_size", 2))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    name = "bert.bert_layers.0.self_attention.query.weight"
+    assert large[name].dtype == torch.float64
+    for name, tensor in large.items():
+        torch.testing.assert_close(small[name], tensor, rtol=0, atol=1e-10)
+    assert (single[name] - large[name]).abs().max() > 1e-4
+
+
+# --- stopped and continued ----------------------------------------------------------------------------------------
+
+
+def run_and_kill(argv, owner, name, at, output):
+    """In a process of its own: run the program and kill it, hard, at the `at`-th call of a function."""
+    torch.set_num_threads(1)
+    with open(output, "ab") as stream:
+        os.dup2(stream.fileno(), 1)
+        os.dup2(stream.fileno(), 2)
+    with pytest.MonkeyPatch.context() as patch:
+        call_at(patch, sys.modules[owner], name, at, lambda: os.kill(os.getpid(), signal.SIGKILL))
+        run_script(lambda: main(argv))
+
+
+@pytest.fixture(scope="session")
+def kill(program):
+    """Run a command in a process that is killed at the n-th call of a function."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["multitask_classifier", "pytest"])
+
+    def start(argv, owner, name, at):
+        output = program.folder / "killed.txt"
+        process = context.Process(target=run_and_kill, args=(argv, owner, name, at, output))
+        process.start()
+        process.join(60)
+        assert process.exitcode == -signal.SIGKILL, output.read_text()
+
+    return start
+
+
+STEP = ("multitask_classifier", "train_step")
+SAVE = ("os", "fsync")
+KILLS = {
+    "before the first step": [(*STEP, 1)],
+    "within the first epoch": [(*STEP, 5)],
+    "between the last step and the evaluation": [("multitask_classifier", "evaluate_dev", 1)],
+    "in the first step of the second epoch": [(*STEP, STEPS_PER_EPOCH + 1)],
+    "within the second epoch": [(*STEP, STEPS_PER_EPOCH + 5)],
+    "while the first state is written": [(*SAVE, 3)],
+    "while a later state is written": [(*SAVE, 7)],
+    "while predictions are written": [("closing", "write_predictions", 2)],
+    "before last.pt takes its place": [("os", "replace", 5)],
+    "again and again": [(*STEP, 4), (*SAVE, 4), (*STEP, 6)],
+}
+
+
+@pytest.mark.parametrize("kills", KILLS.values(), ids=KILLS)
+def test_a_killed_run_ends_like_one_that_was_never_stopped(program, whole, kill, kills, request):
+    name = "killed-" + request.node.callspec.id.replace(" ", "-")
+    resume = ()
+    for owner, function, at in kills:
+        kill(program.command(name, *OFTEN, *resume), owner, function, at)
+        resume = ("--resume",)
+    run = program.train(name, *OFTEN, "--resume")
+    assert_same_end(run, whole)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+@pytest.mark.parametrize("place", ["train_step", "predict"])
+def test_a_signal_saves_and_says_how_to_continue(program, whole, monkeypatch, capsys, number, place):
+    """`predict` is called within the evaluation of an epoch, after the last of its steps."""
+    owner = multitask_classifier if place == "train_step" else sys.modules["evaluation"]
+    name = f"{place}-{number.name}"
+    with monkeypatch.context() as patch:
+        call_at(patch, owner, place, 3, lambda: os.kill(os.getpid(), number))
+        status = main(program.command(name, "--keep_last"))
+    told = capsys.readouterr().err
+    assert status == 130
+    assert f"--resume --run_dir {program.path(name)}" in told
+    state = torch.load(program.path(name) / "last.pt", weights_only=True)
+    assert state["progress"]["total_steps"] == (3 if place == "train_step" else STEPS_PER_EPOCH)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    # a resumed run need not be told the flags again
+    assert not main(["--resume", "--run_dir", str(program.path(name)), "--keep_last"])
+    assert_same_end(program.path(name), whole)
+
+
+def test_a_real_process_is_interrupted_and_continued(program, tmp_path):
+    """As a user does it: the script in a terminal, Ctrl-C, and the command that it says."""
+    command = [sys.executable, PROGRAM, *program.command("process", "--epochs", 5000, "--log_every", 1)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with open(tmp_path / "err", "w") as err:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=err, env=environment)
+    log, deadline = program.path("process") / "log.jsonl", time.monotonic() + 60
+    try:
+        while not (log.exists() and log.stat().st_size) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130
+    finally:
+        process.kill()
+    told = (tmp_path / "err").read_text()
+    assert "Traceback" not in told
+    assert re.search(r"--resume --run_dir (\S+)", told)[1] == str(program.path("process"))
+    steps = torch.load(program.path("process") / "last.pt", weights_only=True)["progress"]["total_steps"]
+    logged = [line["step"] for line in log_of(program.path("process")) if line["kind"] == "step"]
+    assert logged == list(range(1, steps + 1))
+
+
+def interrupt(program, monkeypatch, name, *flags):
+    """A run that was stopped in its tenth step."""
+    with monkeypatch.context() as patch:
+        call_at(patch, multitask_classifier, "train_step", 10, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert main(program.command(name, *flags)) == 130
+    return program.path(name)
+
+
+def test_a_run_is_not_continued_as_another_one(fresh, monkeypatch):
+    run = interrupt(fresh, monkeypatch, "run")
+    before = content(run)
+    assert "--lr 0.5" in refused(fresh, "run", "--resume", "--lr", 0.5)
+    assert "--batch_size 4" in refused(fresh, "run", "--resume", "--batch_size", 4)
+    assert "--overwrite" in refused(fresh, "run", "--resume", "--overwrite")
+    path = fresh.data / "sts-train.csv"
+    kept = path.read_text()
+    path.write_text("".join(kept.splitlines(keepends=True)[:-1]))
+    assert "sts-train.csv" in refused(fresh, "run", "--resume")
+    path.write_text(kept)
+    kept = (fresh.weights / "model.safetensors").read_bytes()
+    write_weights(fresh.weights, seed=1)
+    assert "model.safetensors" in refused(fresh, "run", "--resume")
+    (fresh.weights / "model.safetensors").write_bytes(kept)
+    assert content(run) == before
+    fresh.train("run", "--resume")
+
+
+def test_what_cannot_be_continued_is_said(fresh, monkeypatch):
+    assert "config.json" in refused(fresh, "nothing", "--resume")
+    run = interrupt(fresh, monkeypatch, "run")
+    saved = (run / "last.pt").read_bytes()
+    (run / "last.pt").write_bytes(saved[: len(saved) // 2])
+    log = (run / "log.jsonl").read_bytes()
+    assert "last.pt" in refused(fresh, "run", "--resume")
+    assert (run / "log.jsonl").read_bytes() == log
+    (run / "last.pt").write_bytes(saved)
+    fresh.train("run", "--resume")
+    before = content(run)
+    assert "complete" in refused(fresh, "run", "--resume")
+    assert content(run) == before
+
+
+# --- nothing is lost ----------------------------------------------------------------------------------------------
+
+
+def test_a_run_directory_is_replaced_only_on_request(fresh):
+    run = fresh.train("run", "--epochs", 1)
+    before = content(run)
+    line = refused(fresh, "run")
+    assert str(run) in line and "--overwrite" in line and "--resume" in line
+    assert content(run) == before
+    fresh.train("run", "--epochs", 1, "--seed", 5, "--overwrite")
+    after = content(run)
+    assert after.keys() == before.keys()
+    assert after[Path("best.safetensors")] != before[Path("best.safetensors")]
+
+
+def test_what_is_no_run_is_never_replaced(fresh):
+    own = fresh.path("own")
+    own.mkdir()
+    (own / "thesis.txt").write_text("two years of work")
+    assert "not a run" in refused(fresh, "own", "--overwrite")
+    # a weights folder has a config.json too
+    assert "not a run" in refused(fresh, "weights", "--overwrite")
+    assert (own / "thesis.txt").is_file() and (fresh.weights / "model.safetensors").is_file()
+    (fresh.folder / "file").write_text("")
+    assert str(fresh.path("file")) in refused(fresh, "file")
+    assert "file/run" in refused(fresh, "file/run")
+
+
+def test_a_mistake_leaves_the_old_run_as_it_was(fresh):
+    run = fresh.train("run", "--epochs", 1)
+    before = content(run)
+    (fresh.data / "quora-dev.csv").unlink()
+    line = refused(fresh, "run", "--overwrite")
+    assert "quora-dev.csv" in line and "sts" not in line
+    write_data(fresh.folder / "whole")
+    write_weights(fresh.folder / "cut")
+    path = fresh.folder / "cut" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    usual = ("--overwrite", "--data_dir", fresh.folder / "whole")
+    assert "model.safetensors" in refused(fresh, "run", *usual, "--weights", path.parent)
+    assert "nowhere" in refused(fresh, "run", *usual, "--weights", fresh.folder / "nowhere")
+    assert content(run) == before
+
+
+def test_wrong_numbers_stop_the_run_and_name_the_examples(program):
+    line = refused(program, "diverged", "--lr", 1e30, "--clip", 0, "--optimizer", "sgd")
+    step = int(re.search(r"step (\d+)", line)[1])
+    assert 1 < step <= STEPS_PER_EPOCH and "--lr" in line and "nan-batch.json" in line
+    saved = json.loads((program.path("diverged") / "nan-batch.json").read_text())
+    name = build_tasks()[saved["task"]].file("train")
+    assert saved["step"] == step and set(saved["ids"]) <= {row["id"] for row in read_csv(program.data / name, "\t")}
+    assert not (program.path("diverged") / "best.safetensors").exists()
+
+
+@pytest.mark.parametrize("at", [5, 8, 12])
+def test_a_full_disk_leaves_the_last_good_files(program, whole, monkeypatch, at):
+    """From the at-th file on nothing can be written; with space again the run goes on as if nothing had been."""
+    name, calls, real = f"full-{at}", count(1), os.fsync
+
+    def fsync(descriptor):
+        if next(calls) >= at:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, "fsync", fsync)
+        line = refused(program, name, *OFTEN)
+    assert "No space left on device" in line and str(program.path(name)) in line
+    assert not list(program.path(name).glob("*.part")) and not list(program.path(name).glob(".*.part"))
+    assert torch.load(program.path(name) / "last.pt", weights_only=True)["progress"]["total_steps"] > 0
+    program.train(name, *OFTEN, "--resume")
+    assert_same_end(program.path(name), whole)
+
+
+def test_a_log_that_cannot_be_written_is_said(program, monkeypatch):
+    def full(path, mode="r"):
+        if mode == "a":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return open(path, mode)
+
+    monkeypatch.setattr(runs, "open", full, raising=False)
+    assert "log.jsonl" in refused(program, "no-log")
+
+
+# --- wrong commands -----------------------------------------------------------------------------------------------
+
+BAD_FLAGS = [
+    (("--lr", "0"), "--lr"),
+    (("--lr", "-1"), "--lr"),
+    (("--lr", "nan"), "--lr"),
+    (("--epochs", "0"), "--epochs"),
+    (("--epochs", "1.5"), "--epochs"),
+    (("--batch_size", "-8"), "--batch_size"),
+    (("--accumulate", "0"), "--accumulate"),
+    (("--hidden_dropout_prob", "1"), "--hidden_dropout_prob"),
+    (("--warmup", "1"), "--warmup"),
+    (("--clip", "-1"), "--clip"),
+    (("--weight_decay", "-0.1"), "--weight_decay"),
+    (("--seed", "-1"), "--seed"),
+    (("--seed", "many"), "--seed"),
+    (("--max_length", "0"), "--max_length"),
+    (("--max_length", "3"), "--max_length"),
+    (("--max_length", "41"), "--max_length"),
+    (("--option", "train"), "--option"),
+    (("--tasks", "sst", "imdb"), "imdb"),
+    (("--tasks",), "--tasks"),
+    (("--pairs", "glued"), "glued"),
+    (("--pairs", "sst=siamese"), "sst"),
+    (("--para_loss", "cosine"), "--pairs para=siamese"),
+    (("--task_weights", "sst=0"), "sst=0"),
+    (("--task_weights", "cfimdb=2"), "cfimdb"),
+    (("--task_weights", "sst=heavy"), "sst=heavy"),
+    (("--sampler", "alternating"), "--sampler"),
+    (("--save_every", "0"), "--save_every"),
+    (("--log_every", "0"), "--log_every"),
+    (("--eval_batch_size", "0"), "--eval_batch_size"),
+    (("--sts_dev", "nowhere.csv"), "nowhere.csv"),
+    (("--data_dir", "nowhere"), "nowhere"),
+    (("--weights", "bert-huge"), "bert-huge"),
+    (("--lambda", "2"), "--lambda"),
+]
+
+
+@pytest.mark.parametrize("flags, words", BAD_FLAGS, ids=lambda value: "".join(value) if type(value) is tuple else "")
+def test_bad_flags_are_refused_before_anything_is_written(program, flags, words):
+    assert words in refused(program, "bad", *flags)
+    assert not program.path("bad").exists()
+
+
+def test_a_mistake_at_the_command_line_is_one_line_and_status_2(program):
+    command = [sys.executable, PROGRAM, *program.command("bad", "--epochs", "none")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: ") and "--epochs" in done.stderr
+
+
+@pytest.mark.parametrize("script", ["multitask_classifier.py", "predict.py"])
+def test_a_python_without_torch_is_told_what_to_do(script):
+    """-S leaves out the installed packages."""
+    command = [sys.executable, "-S", PROGRAM.parent / script, "run", "sst", "text"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env={"PATH": os.environ["PATH"]})
+    assert done.returncode != 0
+    assert done.stderr.count("\n") == 1 and "./setup.sh" in done.stderr
