@@ -18,7 +18,7 @@ BERxiT's public code trains the opposite sign (the probability to go on) and lea
 """
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -30,8 +30,9 @@ from tasks import widen
 POLICIES = ("auto", "confidence", "lte")
 # no certainty reaches it, so every row goes to the last exit
 FULL_DEPTH = 1.01
-# batches whose survivors are cut anew after every layer: more fill the deep batches better, and need more memory
-POOLED_BATCHES = 8
+# batches whose survivors are cut anew after every layer: more fill the deep batches better, but join rows of more
+# unequal length (more padding) and need more memory
+POOLED_BATCHES = 4
 # the candidates of choose_threshold split the certainties into this many equal parts
 CANDIDATES = 200
 
@@ -161,6 +162,14 @@ def confidence(model, logits, task):
     return task.decode(logits, model.threshold(task.name))[1].amax(-1)
 
 
+def cut(batch, part):
+    """Some rows of a batch, to embed, without the columns that only the other rows need."""
+    segments = tuple(
+        tuple(x[part, mask[part].any(0)] for x in (input_ids, mask, types)) for input_ids, mask, types in batch.segments
+    )
+    return replace(batch, segments=segments, labels=None, ids=batch.ids[part])
+
+
 class ExitInference:
     """Inference that lets rows leave at the first exit whose certainty reaches their task's threshold.
 
@@ -183,9 +192,9 @@ class ExitInference:
 
     def __call__(self, model, batch):
         """Answer a batch of any size. Shapes: outputs [b,o], executed layers [b]."""
-        task, outputs = batch.task, None
-        hidden, masks = model.embed(batch), tuple(mask.clone() for mask in model.masks(batch))
-        rows = torch.arange(len(batch), device=hidden[0].device)
+        task, hidden, outputs = batch.task, None, None
+        masks = tuple(mask.clone() for mask in model.masks(batch))
+        rows = torch.arange(len(batch), device=masks[0].device)
         layers = torch.full_like(rows, model.depth)
         remaining = len(rows)
         for i in range(1, model.depth + 1):
@@ -193,13 +202,18 @@ class ExitInference:
             for start in range(0, present, self.batch_size):
                 part = slice(start, min(start + self.batch_size, present))
                 used = [mask[part].any(0) for mask in masks]  # the columns that some row of this part needs
-                part_hidden = tuple(h[part, columns] for h, columns in zip(hidden, used, strict=True))
                 part_masks = tuple(mask[part, columns] for mask, columns in zip(masks, used, strict=True))
+                if i == 1:
+                    part_hidden = model.embed(cut(batch, part))
+                else:
+                    part_hidden = tuple(h[part, columns] for h, columns in zip(hidden, used, strict=True))
                 [(_, part_hidden)] = model.encode(part_hidden, part_masks, task, i - 1, i)
                 state = model.state(i, part_hidden, part_masks, task)
                 logits = model.head(i, state, task)
                 if outputs is None:
                     outputs = logits.new_empty(len(batch), logits.shape[-1])
+                    # zeros: what a row never fills is masked, but has to be a number
+                    hidden = tuple(h.new_zeros(*m.shape, h.shape[-1]) for h, m in zip(part_hidden, masks, strict=True))
                 if i == model.depth:
                     outputs[rows[part]] = logits
                     continue

@@ -112,7 +112,7 @@ def make_parser():
     )
     course.add_argument("--use_gpu", action="store_true", help="train on CUDA or Apple's MPS where there is one")
     course.add_argument("--tasks", nargs="+", choices=TASK_NAMES, default=["sst", "para", "sts"], help="what to learn")
-    course.add_argument("--epochs", type=positive_int, default=3, help="passes over each task's share of the data")
+    course.add_argument("--epochs", type=positive_int, default=5, help="passes over each task's share of the data")
     course.add_argument("--epoch_size", type=positive, default=1.0,
                         help="share of an epoch between two evaluations: what --epochs counts")
     course.add_argument("--batch_size", type=positive_int, default=16, help="examples per batch")
@@ -230,7 +230,17 @@ def check_flags(flags, given):
     Raises: InputError.
     """
     frozen, adapted = flags["option"] == "pretrain", flags["adapter"] != ["none"]
+    cosine = [name for name in ("para", "sts") if name in flags["tasks"] and flags[f"{name}_loss"] == "cosine"]
     conflicts = [
+        (
+            frozen and cosine,
+            f"--{''.join(cosine[:1])}_loss cosine has no head to train, and --option pretrain freezes BERT",
+        ),
+        (
+            flags["exit_loss"] == "two_stage" and flags["pooling"] == "mean" and cosine,
+            f"--{''.join(cosine[:1])}_loss cosine with --pooling mean has exits without parameters: nothing for the "
+            "second stage of --exit_loss two_stage",
+        ),
         (flags["resume"] and flags["overwrite"], "--resume continues a run, --overwrite replaces it: choose one"),
         (frozen and flags["slf"], "--slf trains BERT layer by layer, --option pretrain freezes it"),
         (frozen and flags["lnsr"], "--lnsr steadies BERT's layers, --option pretrain freezes them"),

@@ -585,7 +585,7 @@ def evaluate_phase(parts, folder, phase, progress, optimizer, signals):
     told = "  ".join(f"{name} {value:.3f}" for name, value in main_metrics(scores.tasks, parts.model.tasks).items())
     best = "  best so far" if progress.best_phase == phase.label else ""
     print(f"{phase.label}: dev {told}  raw {scores.raw:.4f}  norm {scores.norm:.4f}{best}", flush=True)
-    for warning in scores.warnings:
+    for warning in scores.warnings if phase.keep else ():
         print(f"warning: {warning}", flush=True)
     folder.save_last(snapshot(parts, optimizer, progress))
 

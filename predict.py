@@ -24,7 +24,8 @@ from files import write_whole
 
 def make_parser():
     """The command line."""
-    parser = Parser(description=__doc__.split("Read first")[0], epilog="Without TEXT and --file, standard input is read.")
+    about = __doc__.split("Read first")[0]
+    parser = Parser(description=about, epilog="Without TEXT and --file, standard input is read.")
     parser.add_argument("run", help="run directory")
     parser.add_argument("task", choices=multitask_classifier.TASK_NAMES, help="which of the run's tasks")
     parser.add_argument("texts", nargs="*", metavar="TEXT", help="the text, or the two texts of a pair")

@@ -151,7 +151,7 @@ class RunFolder:
         path = self.path / "last.pt"
         state = None
         if not path.exists() and (self.path / "summary.json").exists():
-            raise InputError(f"{self.path}: this run is complete: replace it with --overwrite, or choose another --run_dir")
+            raise InputError(f"{self.path}: this run is complete: --overwrite replaces it, or choose another --run_dir")
         if path.exists():
             try:
                 state = torch.load(path, map_location="cpu", weights_only=True)
@@ -189,7 +189,7 @@ class RunFolder:
         expected = model.state_dict()
         for name in expected.keys() ^ tensors.keys():
             side = "is missing" if name in expected else "does not belong to this model"
-            raise InputError(f"{path}: tensor {name} {side}: it was saved with other flags than config.json says")
+            raise InputError(f"{path}: tensor {name} {side}: saved with other flags than config.json says")
         for name, tensor in tensors.items():
             if tensor.shape != expected[name].shape:
                 raise InputError(

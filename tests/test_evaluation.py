@@ -54,7 +54,7 @@ class FakeModel(nn.Module):
     def threshold(self, name):
         return 0.5
 
-    def forward(self, batch):
+    def forward(self, batch, exits=None):
         self.modes.append((self.training, torch.is_grad_enabled()))
         self.widths.append([segment[0].shape[1] for segment in batch.segments])
         logits = sum(
@@ -320,7 +320,8 @@ def test_evaluation_scores_usable_rows_only(make_data):
         "sts": make_data("sts", random_rows("xy", rng(2).uniform(0, 5, 20))),
     }
     model = FakeModel(5)
-    model.forward, plain = lambda batch: first_outputs(plain(batch), batch.task.outputs), model.forward
+    plain = model.forward
+    model.forward = lambda batch, exits=None: first_outputs(plain(batch), batch.task.outputs)
     scores, predictions = evaluate(model, datasets, batch_size=16)
     assert predictions["sst"].rows.tolist() == [i for i in range(120) if i != 5]
     hits = predictions["sst"].values == datasets["sst"].labels[predictions["sst"].rows]

@@ -1,0 +1,139 @@
+"""The extensions together: off is off, on is on, every pair that is not refused trains, and all of it resumes."""
+
+from itertools import combinations
+
+import pytest
+import torch
+from test_program import Program, kill, program, weights_of  # noqa: F401  (fixtures)
+
+from bert import BertModel
+from errors import InputError
+from flags import check_flags, parse_flags
+from multitask_classifier import build, build_model, phase_steps, read_data, set_trainable, task_table, train_step
+from tokenizer import BertTokenizer
+
+EXTENSIONS = {
+    "early exit": "--early_exit",
+    "weighted exits": "--early_exit --exit_loss weighted",
+    "alternating exits": "--early_exit --exit_loss alternating",
+    "two stage": "--early_exit --exit_loss two_stage",
+    "slf": "--slf",
+    "smart alternating": "--smart_alternating",
+    "smart": "--smart",
+    "smart para": "--smart para",
+    "gaussian": "--smart --smart_form gaussian",
+    "bregman": "--bregman 1",
+    "lnsr": "--lnsr 1",
+    "embed_concat": "--pairs embed_concat",
+    "siamese": "--pairs para=siamese sts=siamese",
+    "cosine": "--pairs siamese --para_loss cosine --sts_loss cosine",
+    "quora mse": "--para_loss mse",
+    "mean pooling": "--pooling mean",
+    "before": "--adapter before",
+    "after lhuc": "--adapter after lhuc",
+    "houlsby": "--adapter houlsby",
+    "lhuc": "--adapter lhuc",
+    "pal": "--adapter pal --train_backbone",
+    "pcgrad": "--gradients pcgrad",
+    "gradvac": "--gradients gradvac",
+    "all tasks": "--step all_tasks",
+    "rmsprop": "--optimizer rmsprop",
+    "sgd": "--optimizer sgd",
+    "accumulate": "--accumulate 2",
+    "bf16": "--precision bf16",
+    "pretrain": "--option pretrain",
+}
+# what changes nothing in the first two steps (the first phase is the plain one, or the sampling of tasks is alike)
+STARTS_PLAIN = {"two stage", "smart alternating"}
+
+
+@pytest.fixture(scope="session")
+def data_cache():
+    return {}
+
+
+def first_steps(program, cache, text, steps=2):  # noqa: F811
+    """Weights and losses after the first steps of a run with the given flags.
+
+    In the first steps every task has had its turn: random order is replaced by round robin.
+    """
+    usual = f"--epochs 1 --batch_size 4 --lr 0.003 --max_length 40 --split full --sampler round_robin --data_dir {program.data}"
+    flags, given, _ = parse_flags([*usual.split(), *text.split()])
+    check_flags(flags, given)
+    torch.manual_seed(0)
+    tasks = task_table(flags)
+    tokenizer = BertTokenizer.from_pretrained(program.weights)
+    key = (tuple(tasks), tuple(task.encoding for task in tasks.values()), flags["para_loss"], flags["sts_loss"])
+    if key not in cache:
+        cache[key] = read_data(flags, tasks, tokenizer)[0]
+    data = cache[key]
+    model = build_model(flags, tasks, BertModel.from_pretrained(program.weights))
+    parts = build(flags, model, data, torch.device("cpu"))
+    phase = next(parts.plan())
+    optimizer = parts.make_optimizer(set_trainable(model, phase, parts.may_train))
+    model.train()
+    terms = []
+    for k, step in enumerate(phase_steps(parts, phase, 0.0)[:steps]):
+        results, _ = train_step(parts, optimizer, step, phase.exit_weights[k % len(phase.exit_weights)], 1.0)
+        terms += [value for _, _, values in results for value in values.values()]
+        for term in parts.terms.values():
+            if hasattr(term, "after_step"):
+                term.after_step(model, 0.0)
+    for splits in data.values():
+        for dataset in splits.values():
+            dataset.features = None
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}, torch.stack(terms)
+
+
+@pytest.fixture(scope="session")
+def baseline(program, data_cache):  # noqa: F811
+    return first_steps(program, data_cache, "", steps=3)[0]
+
+
+@pytest.mark.parametrize("text", ["--smart --smart_weight 0", "--bregman 0", "--lnsr 0", "--adapter none"])
+def test_off_is_off(program, data_cache, baseline, text):  # noqa: F811
+    weights, _ = first_steps(program, data_cache, text, steps=3)
+    assert weights.keys() == baseline.keys()
+    assert all(torch.equal(weights[name], baseline[name]) for name in baseline)
+
+
+@pytest.mark.parametrize("name", EXTENSIONS.keys() - STARTS_PLAIN)
+def test_on_is_on(program, data_cache, baseline, name):  # noqa: F811
+    """After three steps, one of each task, some weight that the baseline has too is another."""
+    weights, _ = first_steps(program, data_cache, EXTENSIONS[name], steps=3)
+    shared = [n for n in baseline if n in weights and weights[n].shape == baseline[n].shape]
+    assert any(not torch.equal(weights[n], baseline[n]) for n in shared)
+
+
+@pytest.mark.parametrize("pair", list(combinations(EXTENSIONS, 2)), ids=" + ".join)
+def test_every_pair_that_is_not_refused_trains(program, data_cache, pair):  # noqa: F811
+    """Two steps with finite losses and weights; what is refused is refused with a sentence, before anything is read."""
+    text = " ".join(EXTENSIONS[name] for name in pair)
+    try:
+        weights, losses = first_steps(program, data_cache, text)
+    except InputError as error:
+        assert "\n" not in str(error) and str(error).startswith("--")
+        return
+    assert torch.isfinite(losses).all()
+    assert all(torch.isfinite(tensor).all() for tensor in weights.values())
+
+
+EVERYTHING = (
+    "--slf --slf_epochs 0.5 --smart_alternating --early_exit --smart --bregman 1 --gradients pcgrad "
+    "--save_every 0.00005 --keep_last"
+)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_everything_together_resumes_bit_for_bit(program, kill, precision):  # noqa: F811
+    """Killed within stage 1, at its end and within stage 2, the run ends like one that was never stopped."""
+    flags = [*EVERYTHING.split(), "--precision", precision]
+    whole = program.train(f"everything-{precision}", *flags)
+    name, resume = f"everything-killed-{precision}", ()
+    for at in (3, 4, 5):
+        kill(program.command(name, *flags, *resume), "multitask_classifier", "train_step", at)
+        resume = ("--resume",)
+    run = program.train(name, *flags, "--resume")
+    ours, theirs = weights_of(run), weights_of(whole)
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    assert (run / "best.safetensors").read_bytes() == (whole / "best.safetensors").read_bytes()
