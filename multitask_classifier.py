@@ -40,6 +40,7 @@ from datasets import SPLITS, Batch, bucketed_batches, find_data_dir, read_datase
 from early_exit import LTE, Exit, ExitInference, LTELoss, choose_policies, exit_weights
 from errors import InputError, run_script
 from evaluation import at_exit, evaluate, fit_threshold, full_depth, predict
+from files import write_whole
 from flags import (
     EXIT_FLAGS,
     TASK_NAMES,
@@ -414,7 +415,7 @@ def check_finite(folder, done, first_step):
             if not all(map(np.isfinite, values.values())):
                 record = {"step": first_step + offset, "task": name, "terms": {k: str(v) for k, v in values.items()}}
                 path = folder.path / "nan-batch.json"
-                path.write_text(json.dumps(record | {"ids": ids}, indent=1))
+                write_whole(path, json.dumps(record | {"ids": ids}, indent=1))
                 raise InputError(
                     f"{path}: the loss of {name} is {values} at step {first_step + offset}: lower --lr, or look at "
                     "the examples whose ids are saved there"
@@ -924,7 +925,8 @@ def start_run(flags, given, defaults):
         folder.refuse_existing(flags["overwrite"])
     torch.manual_seed(flags["seed"])
     device = choose_device(flags["use_gpu"])
-    weights = Path(config["weights"]["folder"]) if flags["resume"] else find_weights(flags["weights"])
+    recorded = flags["resume"] and "weights" not in given
+    weights = Path(config["weights"]["folder"]) if recorded else find_weights(flags["weights"])
     print(f"weights: {weights}")
     tokenizer = BertTokenizer.from_pretrained(weights)
     tasks = task_table(flags)

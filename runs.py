@@ -158,10 +158,13 @@ class RunFolder:
             except Exception as error:  # a cut-off or foreign file raises one of many kinds
                 reason = str(error).split("\n")[0][:100]
                 raise InputError(f"{path}: cannot be loaded ({reason}): start again with --overwrite") from None
-        for part in self.path.rglob(".*.part"):
-            part.unlink()
-        if self.log_path.exists():
-            os.truncate(self.log_path, min(self.log_position(), state["log_position"] if state else 0))
+        try:
+            for part in self.path.rglob(".*.part"):
+                part.unlink()
+            if self.log_path.exists():
+                os.truncate(self.log_path, min(self.log_position(), state["log_position"] if state else 0))
+        except OSError as error:
+            raise InputError(f"{self.path}: cannot be written ({error.strerror}): check its permissions") from None
         return state
 
     def remove_last(self):

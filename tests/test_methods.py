@@ -57,7 +57,8 @@ def first_steps(program, cache, text, steps=2):  # noqa: F811
 
     In the first steps every task has had its turn: random order is replaced by round robin.
     """
-    usual = f"--epochs 1 --batch_size 4 --lr 0.003 --max_length 40 --split full --sampler round_robin --data_dir {program.data}"
+    usual = "--epochs 1 --batch_size 4 --lr 0.003 --max_length 40 --split full --sampler round_robin"
+    usual += f" --data_dir {program.data}"
     flags, given, _ = parse_flags([*usual.split(), *text.split()])
     check_flags(flags, given)
     torch.manual_seed(0)
