@@ -33,8 +33,8 @@ GROUPS = {
             "pretrain (BERT frozen)": "--option pretrain --seed 1 --epochs 10",
             "SST alone, last linear layer": "--tasks sst --option pretrain --seed 1 --epochs 10",
             "SST alone, full model": "--tasks sst --seed 1",
-            "CFIMDB alone, last linear layer": "--tasks cfimdb --option pretrain --seed 1 --epochs 10 --max_length 256",
-            "CFIMDB alone, full model": "--tasks cfimdb --seed 1 --max_length 256",
+            "CFIMDB alone, last linear layer": "--tasks cfimdb --option pretrain --seed 1 --epochs 10 --max_length 128",
+            "CFIMDB alone, full model": "--tasks cfimdb --seed 1 --epochs 2 --max_length 128",
         },
     ),
     "methods": (
