@@ -15,10 +15,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
-
 from errors import InputError, run_script
 from files import write_whole
+from flags import parse_flags
+from runs import FREE_FLAGS
 
 HERE = Path(__file__).parent
 # what every group adds: the small weights, which every reader has
@@ -27,7 +27,7 @@ GROUPS = {
     "core": (
         "--epochs 3 --batch_size 16",
         {
-            "finetune, seed 1": "--seed 1",
+            "finetune, seed 1": "--seed 1 --lr 1e-4",
             "finetune, seed 2": "--seed 2",
             "finetune, seed 3": "--seed 3",
             "pretrain (BERT frozen)": "--option pretrain --seed 1 --epochs 10",
@@ -105,12 +105,22 @@ def run_row(group, name, data_dir, runs):
     return folder if status == 0 else None
 
 
+def same_flags(group, name, config):
+    """Whether a finished run was trained with the flags that its row has now."""
+    flags = parse_flags(flags_of(group, name))[0]
+    return all(flags[key] == value for key, value in config["flags"].items() if key in flags and key not in FREE_FLAGS)
+
+
 def read_row(group, name, folder):
-    """One row of the table, from the run's files alone."""
+    """One row of the table, from the run's files alone; None where there is no such run."""
+    if not (folder / "summary.json").exists():
+        return None
     config, summary = (json.loads((folder / file).read_text()) for file in ("config.json", "summary.json"))
+    if not same_flags(group, name, config):
+        return None
     row = {"name": name, "flags": " ".join(flags_of(group, name)), "commit": config["commit"]}
-    row |= {"device": config["device"], "threads": config["threads"], "torch": config["torch"]}
-    row |= {"data": config["data"], "weights": config["weights"]["sha256"], "seed": config["flags"]["seed"]}
+    row |= {key: config[key] for key in ("device", "threads", "torch", "data")}
+    row |= {"weights": config["weights"]["sha256"], "seed": config["flags"]["seed"]}
     for key in ("best", "last"):
         row[key] = {"raw": summary[key]["raw"], "norm": summary[key]["norm"]}
         for task, metrics in summary[key]["tasks"].items():
@@ -122,24 +132,37 @@ def read_row(group, name, folder):
 def table(group, rows):
     """The group's table in Markdown."""
     tasks = [task for task in ("sst", "cfimdb", "para", "sts") if any(task in row["last"] for row in rows)]
-    head = ["row", *tasks, "norm", "raw", "best norm", "Quora positive", "train s", "eval s"]
-    head += ["adds to the group's flags"]
+    head = ["row", *tasks, "norm", "raw", "best norm", "Quora positive", "train s", "eval s", "flags added"]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for row in rows:
         numbers = [row["last"].get(task) for task in tasks] + [row["last"]["norm"], row["last"]["raw"]]
         numbers += [row["best"]["norm"], row["positive_rate"]]
         cells = ["" if x is None else f"{x:.3f}" for x in numbers]
         cells += [f"{row['train_seconds']:.0f}", f"{row['eval_seconds']:.0f}"]
-        lines.append(f"| {row['name']} | {' | '.join(cells)} | `{GROUPS[group][1][row['name']]}` |")
+        lines.append(f"| {row['name']} | {' | '.join(cells)} | `{GROUPS[group][1][row['name']] or ' '}` |")
     first, commits = rows[0], sorted({row["commit"] for row in rows})
-    means = [f"{key} {np.mean([row['train_seconds'] for row in rows]):.0f}" for key in ("mean training seconds",)]
-    lines += [
-        "",
-        f"Scores of the last phase; `best norm` is chosen on the same dev data. Group's flags: `{COMMON} "
-        f"{GROUPS[group][0]}`. Device: {first['device']}, {first['threads']} threads, torch {first['torch']}; "
-        f"commit {', '.join(commits)}; {'; '.join(means)}.",
+    notes = [
+        f"Scores of the last phase; `best norm` is chosen on the same dev data. All rows: `{COMMON} "
+        f"{GROUPS[group][0]}`. Device {first['device']}, {first['threads']} threads, torch {first['torch']}; "
+        f"commits {', '.join(commits)}. Seconds are those of a shared machine: no benchmark."
     ]
-    return "\n".join(lines) + "\n"
+    for row in rows:
+        if row["exits"]:
+            norms, layers = row["exits"]["other_half_norm"], row["exits"]["other_half_layers"]
+            notes.append(
+                f"{row['name']}, exits chosen on one half of dev and reported on the other: norm {norms['exit']:.3f} "
+                f"of {norms['full']:.3f} at full depth, {layers:.2f} layers in the mean."
+            )
+    return "\n".join([*lines, "", *notes]) + "\n"
+
+
+def update_readme(group, content):
+    """Put a table between its markers in README.md."""
+    path = HERE / "README.md"
+    before, start, rest = path.read_text().partition(f"<!-- {group} -->\n")
+    _, end, after = rest.partition(f"<!-- end {group} -->")
+    if start and end:
+        write_whole(path, before + start + content + end + after)
 
 
 def make_parser():
@@ -167,13 +190,16 @@ def main(argv=None):
         folder = args.runs / args.group / slug(name)
         if not args.collect:
             folder = run_row(args.group, name, args.data_dir, args.runs)
-        if folder is None or not (folder / "summary.json").exists():
+        row = folder and read_row(args.group, name, folder)
+        if row:
+            rows.append(row)
+        else:
             print(f"no result: {name}")
-            continue
-        rows.append(read_row(args.group, name, folder))
-    if rows:
+    if rows and not args.only:
         write_whole(HERE / "results" / f"{args.group}.json", json.dumps(rows, indent=1))
         write_whole(HERE / "results" / f"{args.group}.md", table(args.group, rows))
+        update_readme(args.group, table(args.group, rows))
+    if rows:
         print(table(args.group, rows))
 
 
