@@ -128,10 +128,16 @@ def close(model, data, folder, how, settings=None, progress=False):
 
 
 def close_sweep(model, datasets, folder, settings, levels, how):
-    """Sweep one threshold for all tasks over `levels`; write the CSV and the picture."""
+    """Sweep one threshold for all tasks over `levels`; write the CSV and the picture.
+
+    `auto`, the thresholds chosen task by task on one half of dev, is a point too, so all points are measured on the
+    other half.
+    """
     exits = {name: predict_exits(model, data, **how) for name, data in datasets.items()}
     points = {f"{level:g}": dict.fromkeys(datasets, level) for level in levels}
-    rows = sweep(model, datasets, exits, settings.policies, points, **how)
+    points["auto"], _ = choose_exits(datasets, exits, settings)
+    reported = {name: found.take(halves(len(found.rows))[1]) for name, found in exits.items()}
+    rows = sweep(model, datasets, reported, settings.policies, points, **how)
     write_csv(folder / "sweep.csv", rows)
     plot_sweep(folder / "sweep.png", rows, "Early exit: dev score against layers and time")
     print(f"{'threshold':<12}{'norm':>8}{'layers':>8}{'ex/s':>8}")

@@ -27,7 +27,7 @@ GROUPS = {
     "core": (
         "--epochs 3 --batch_size 16",
         {
-            "finetune, seed 1": "--seed 1 --lr 1e-4",
+            "finetune, seed 1": "--seed 1 --lr 1e-4 --step one_task",
             "finetune, seed 2": "--seed 2",
             "finetune, seed 3": "--seed 3",
             "pretrain (BERT frozen)": "--option pretrain --seed 1 --epochs 10",

@@ -59,9 +59,9 @@ def share(text):
 
 
 def per_task(entries, flag, names, convert):
-    """Read `value` or `task=value ...` entries into {task: value}."""
+    """Read `value` or `task=value ...` entries into {task: value}; what names a task wins, in whatever order."""
     chosen = {}
-    for entry in entries or ():
+    for entry in sorted(entries or (), key=lambda entry: "=" in entry):
         name, equals, value = entry.rpartition("=")
         try:
             value = convert(value)

@@ -1,0 +1,60 @@
+"""The experiment tables: every row's command is valid, and every number comes from a run with the row's own flags."""
+
+import json
+
+import pytest
+
+import experiments
+from flags import check_flags, parse_flags, per_task
+
+ROWS = [(group, name) for group, (_, rows) in experiments.GROUPS.items() for name in rows]
+
+
+@pytest.mark.parametrize(("group", "name"), ROWS)
+def test_every_row_is_a_valid_command(group, name):
+    flags, given, _ = parse_flags(experiments.flags_of(group, name))
+    check_flags(flags, given)
+
+
+def test_rows_have_directories_of_their_own():
+    assert len({(group, experiments.slug(name)) for group, name in ROWS}) == len(ROWS)
+
+
+def write_run(folder, flags):
+    """A finished run's files with hand-made numbers."""
+    folder.mkdir(parents=True)
+    config = {"flags": parse_flags(flags)[0], "commit": "c0ffee", "device": "cpu: test", "threads": 1, "torch": "2"}
+    config |= {"data": {"a.csv": "00"}, "weights": {"folder": "", "sha256": {"m": "11"}}}
+    scores = {"raw": 0.61, "norm": 0.72, "tasks": {"sst": {"accuracy": 0.5}, "sts": {"pearson": 0.66}}}
+    summary = {"best": scores | {"norm": 0.73}, "last": scores, "phase_norms": [0.73, 0.72], "steps": 3}
+    summary |= {"train_seconds": 12.3, "eval_seconds": 4.4, "positive_rate": 0.25, "peak_mib": 9, "exits": None}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "summary.json").write_text(json.dumps(summary))
+
+
+def test_a_row_is_read_from_the_files_of_its_run(tmp_path):
+    group, name = "methods", "PCGrad"
+    write_run(tmp_path / "run", experiments.flags_of(group, name))
+    row = experiments.read_row(group, name, tmp_path / "run")
+    assert (row["last"]["norm"], row["best"]["norm"], row["last"]["sts"]) == (0.72, 0.73, 0.66)
+    line = experiments.table(group, [row]).splitlines()[2]
+    assert line == "| PCGrad | 0.500 | 0.660 | 0.720 | 0.610 | 0.730 | 0.250 | 12 | 4 | `--gradients pcgrad` |"
+
+
+def test_a_run_with_other_flags_gives_no_row(tmp_path):
+    write_run(tmp_path / "run", [*experiments.flags_of("methods", "PCGrad"), "--lr", "0.5"])
+    assert experiments.read_row("methods", "PCGrad", tmp_path / "run") is None
+    assert experiments.read_row("methods", "PCGrad", tmp_path / "nothing") is None
+
+
+def test_the_readme_table_is_replaced_between_its_markers(tmp_path, monkeypatch):
+    monkeypatch.setattr(experiments, "HERE", tmp_path)
+    (tmp_path / "README.md").write_text("a\n<!-- core -->\nold\n<!-- end core -->\nz\n")
+    experiments.update_readme("core", "new\n")
+    experiments.update_readme("absent", "never\n")
+    assert (tmp_path / "README.md").read_text() == "a\n<!-- core -->\nnew\n<!-- end core -->\nz\n"
+
+
+@pytest.mark.parametrize("entries", [["sst=0.9", "0.5"], ["0.5", "sst=0.9"]])
+def test_an_entry_that_names_a_task_wins(entries):
+    assert per_task(entries, "--flag", ["sst", "sts"], float) == {"sst": 0.9, "sts": 0.5}
