@@ -134,8 +134,10 @@ class MultitaskBERT(nn.Module):
         for name, task in self.tasks.items():
             heads[name] = task.make_head(self.width(task))
             for parameter in heads[name].parameters():
-                std = self.bert.config.initializer_range if parameter.dim() > 1 else 0.0
-                nn.init.normal_(parameter, 0.0, std, generator=init)
+                if parameter.dim() > 1:
+                    nn.init.normal_(parameter, 0.0, self.bert.config.initializer_range, generator=init)
+                else:
+                    nn.init.constant_(parameter, task.start)
         return heads
 
     def threshold(self, name):

@@ -51,6 +51,7 @@ class Task:
     make_head: Callable
     siamese_features: str = "uvd"
     fit_threshold: bool = False
+    start: float = 0.0  # what a fresh head answers: its bias
 
     @property
     def is_regression(self):
@@ -225,6 +226,7 @@ PARA_LOSSES = {
         make_head=linear_head(1),
     ),
     "mse": lambda margin: dict(
+        start=0.5,
         loss=squared_error,
         divergence=squared_difference,
         decode=decode_fraction,
@@ -240,7 +242,9 @@ PARA_LOSSES = {
     ),
 }
 STS_LOSSES = {
+    # a head that starts at 0 drags the shared layers towards the labels' mean before it learns their order
     "mse": lambda high: dict(
+        start=high / 2,
         loss=squared_error,
         divergence=squared_difference,
         decode=decode_value(0.0, high, 1.0),
