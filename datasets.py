@@ -17,7 +17,7 @@ on the longest A of the batch. Labels stay real numbers: an STS score of 4.2 mus
 import csv
 import math
 from array import array
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +37,7 @@ class Batch:
 
     Shapes: each segment is (input_ids [b,s], mask [b,s], types [b,s]); labels [b] or None;
         features [b,w], where the state that the head sees is known beforehand (a frozen BERT), else None.
+    `share` is (positions, n) where these are some of the n rows of a batch that several processes share.
     """
 
     task: object
@@ -45,6 +46,7 @@ class Batch:
     labels: torch.Tensor | None
     ids: tuple
     features: torch.Tensor | None = None
+    share: tuple | None = None
 
     def __len__(self):
         return len(self.ids)
@@ -59,7 +61,7 @@ class Batch:
 
         pin = device.type == "cuda"
         segments = tuple(tuple(move(x) for x in segment) for segment in self.segments)
-        return Batch(self.task, self.encoding, segments, move(self.labels), self.ids, move(self.features))
+        return replace(self, segments=segments, labels=move(self.labels), features=move(self.features))
 
 
 class Ragged:
@@ -166,26 +168,41 @@ class Dataset:
         second = 1 if self.task.encoding == "embed_concat" else 0
         return [(cls + part + sep, [i * second] * (len(part) + 2)) for i, part in enumerate(parts)]
 
-    def batch(self, rows):
-        """Cut a Batch from the given rows, in their order."""
+    def widths(self, rows):
+        """Length of the longest of the given rows in every segment."""
+        columns = [tokens.offsets[rows + 1] - tokens.offsets[rows] for tokens in self.tokens]
+        if self.task.encoding == "concat":
+            return [min(sum(columns).max(), self.room(2)) + 3]
+        if self.task.encoding == "embed_concat":
+            pairs = [truncate_pair(range(a), range(b), self.max_length - 4) for a, b in zip(*columns, strict=True)]
+            columns = [np.array([len(part) for part in column]) for column in zip(*pairs, strict=True)]
+        return [min(column.max(), self.room(1)) + 2 for column in columns]
+
+    def batch(self, rows, positions=slice(None)):
+        """Cut a Batch from the given rows, in their order, or from some positions of them, padded like all of them."""
+        rows = np.asarray(rows, dtype=np.int64)
+        whole, rows = rows, rows[positions]
         segments, features = (), None
         if self.features is not None:
-            features = self.features[torch.from_numpy(np.asarray(rows, dtype=np.int64))]
+            features = self.features[torch.from_numpy(rows)]
         else:
             examples = [self.sequences(row) for row in rows]
-            segments = tuple(pad(segment, self.tokenizer.pad_id) for segment in zip(*examples, strict=True))
+            segments = tuple(
+                pad(segment, width, self.tokenizer.pad_id)
+                for segment, width in zip(zip(*examples, strict=True), self.widths(whole), strict=True)
+            )
         labels = torch.from_numpy(self.labels[rows].astype(np.float32))
         ids = tuple(self.identifier(row) for row in rows)
-        return Batch(self.task, self.task.encoding, segments, labels, ids, features)
+        return Batch(self.task, self.task.encoding, segments, labels, ids, features, (positions, len(whole)))
 
 
-def pad(sequences, pad_id):
-    """Pad (ids, types) sequences to the longest.
+def pad(sequences, width, pad_id):
+    """Pad (ids, types) sequences to a width.
 
     Shapes: three int64 tensors [b,s]: input_ids, mask, types.
     """
     lengths = [len(ids) for ids, _ in sequences]
-    shape = (len(sequences), max(lengths))
+    shape = (len(sequences), width)
     input_ids = np.full(shape, pad_id, dtype=np.int64)
     mask, types = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
     for i, (ids, segment) in enumerate(sequences):

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from early_exit import FULL_DEPTH, AllExits, ExitInference, every_exit, scores_at
 from files import write_whole
+from parallel import deal, gather_batches
 
 # one class predicted for more than this share of the rows is called a collapse
 COLLAPSED = 0.99
@@ -69,13 +70,14 @@ def full_depth(model, batch):
 def run_batches(model, data, rows, function, batch_size, precision, progress):
     """Apply `function(model, batch)`, which gives a tuple of tensors [b,...], to rows of a dataset.
 
-    The longest rows come first, so that padding is small; the tensors return in the rows' order.
+    The longest rows come first, so that padding is small; the tensors return in the rows' order. Several processes
+    share the batches, and each gets all results.
     """
     order = np.argsort(-data.lengths()[rows], kind="stable")
     was_training, device = model.training, next(model.parameters()).device
     model.eval()
     results = []
-    starts = range(0, len(rows), batch_size)
+    starts = deal(range(0, len(rows), batch_size))
     for start in tqdm(starts, f"predict {data.task.name}", disable=not progress, leave=False):
         batch = data.batch(rows[order[start : start + batch_size]]).to(device)
         with precision():
@@ -83,7 +85,7 @@ def run_batches(model, data, rows, function, batch_size, precision, progress):
     model.train(was_training)
     back = torch.empty(len(rows), dtype=torch.long)
     back[torch.from_numpy(order)] = torch.arange(len(rows))
-    return tuple(torch.cat(parts).cpu()[back] for parts in zip(*results, strict=True))
+    return tuple(torch.cat(parts).cpu()[back] for parts in zip(*gather_batches(results), strict=True))
 
 
 def predict(model, data, rows=None, batch_size=32, infer=full_depth, precision=nullcontext, progress=False):

@@ -4,12 +4,15 @@ import os
 from pathlib import Path
 
 from errors import InputError
+from parallel import on_first
 
 
+@on_first
 def write_whole(path, write):
     """Write a file beside its place, then move it there: a reader sees the old one or the new one, never a half.
 
-    `write` is the content (str or bytes) or a function that writes to an open binary file.
+    `write` is the content (str or bytes) or a function that writes to an open binary file. Of several processes only
+    the first one writes.
     Raises: InputError where the disk is full or the folder cannot be written; the old file is intact then.
     """
     path = Path(path)

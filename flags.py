@@ -115,7 +115,7 @@ def make_parser():
     course.add_argument("--epochs", type=positive_int, default=5, help="passes over each task's share of the data")
     course.add_argument("--epoch_size", type=positive, default=1.0,
                         help="share of an epoch between two evaluations: what --epochs counts")
-    course.add_argument("--batch_size", type=positive_int, default=16, help="examples per batch")
+    course.add_argument("--batch_size", type=positive_int, default=16, help="examples per batch of a process")
     course.add_argument("--lr", type=positive, help="peak learning rate; default by optimiser and --option")
     course.add_argument("--hidden_dropout_prob", type=share, default=0.3, help="dropout before the heads")
     course.add_argument("--seed", type=seed, default=11711, help="seed of everything random")

@@ -17,7 +17,8 @@ Every changed g_i is a combination sum_k C_ik g_k of the originals. So the dot p
 computed once, the rule changes the few numbers C in float64, and one weighted sum with weights sum_i C_ik is written.
 
 The loop hands every loss to `add` and calls `combine` once before the optimiser's step; `cosines` then holds the
-step's original cosines per pair of tasks, to be logged.
+step's original cosines per pair of tasks, to be logged. Several processes first sum up what they have, per task where
+the rule compares tasks, and so all of them come to the same update.
 
 Source: Yu et al. (2020), Algorithm 1 (PCGrad); Wang et al. (2021), Algorithm 1 (GradVac);
 SMARTer BERT 6.3 names both as what to try next.
@@ -29,6 +30,8 @@ from itertools import combinations, combinations_with_replacement
 import numpy as np
 import torch
 
+from parallel import sum_gradients
+
 BETA = 1e-2
 
 
@@ -36,7 +39,7 @@ class Sum:
     """The ordinary way: gradients of all losses of a step add up in the parameters' .grad."""
 
     def __init__(self, parameters, generator=None):
-        self.cosines = {}
+        self.parameters, self.cosines = list(parameters), {}
 
     def add(self, task, loss):
         """Backpropagate one loss of a task."""
@@ -44,6 +47,9 @@ class Sum:
 
     def combine(self):
         """Leave the sum in the parameters' .grad."""
+        totals = sum_gradients(self.parameters, [parameter.grad for parameter in self.parameters])
+        for parameter, total in zip(self.parameters, totals, strict=True):
+            parameter.grad = total
 
 
 def dot_products(gradients, count):
@@ -90,8 +96,8 @@ def weighted_sum(tensors, weights):
 class PCGrad:
     """Projecting conflicting gradients: each task gives up what goes against another one.
 
-    `task_gradients` is {task: [gradient or None per parameter]} between `add` and `combine`; several processes
-    average these before `combine`. `generator` draws the order in which a task meets the others.
+    `task_gradients` is {task: [gradient or None per parameter]} between `add` and `combine`. `generator` draws the
+    order in which a task meets the others.
 
     Source: Yu et al. (2020), Algorithm 1.
     """
@@ -139,7 +145,8 @@ class PCGrad:
         A parameter that one task alone has a gradient for gets that one, a parameter without any keeps none.
         """
         tasks, groups = list(self.task_gradients), {}
-        for parameter, *tensors in zip(self.parameters, *self.task_gradients.values(), strict=True):
+        totals = [sum_gradients(self.parameters, gradients) for gradients in self.task_gradients.values()]
+        for parameter, *tensors in zip(self.parameters, *totals, strict=True):
             present = tuple(k for k, tensor in enumerate(tensors) if tensor is not None)
             groups.setdefault(present, []).append((parameter, tensors))
         self.task_gradients = {}

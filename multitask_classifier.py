@@ -31,6 +31,7 @@ except ImportError as error:
     sys.exit(f"error: {error.name} is not installed here: run ./setup.sh once, then use .venv/bin/python")
 
 import gradients
+import parallel
 import slf
 from adapters import build_adapters, parameter_report, trained_with
 from base_bert import BertConfig, find_weights
@@ -67,7 +68,7 @@ from runs import (
 )
 from samplers import all_tasks_order, epoch_rows, generator, task_order
 from smart import LNSR, AdversarialSmart, Bregman, GaussianSmart
-from tasks import build_tasks
+from tasks import build_tasks, widen
 from tokenizer import BertTokenizer
 
 OPTIMIZERS = {"adamw": AdamW, "rmsprop": RMSprop, "sgd": SGD}
@@ -352,7 +353,8 @@ def phase_steps(parts, phase, position):
         chosen = usable[name][chosen]
         rng = generator(parts.seed, "batches", name, position)
         lengths = parts.data[name]["train"].lengths()[chosen]
-        batches[name] = [chosen[b] for b in bucketed_batches(lengths, parts.batch_size * parts.accumulate, rng)]
+        size = parts.batch_size * parallel.world_size() * parts.accumulate
+        batches[name] = [chosen[b] for b in bucketed_batches(lengths, size, rng)]
     counts = {name: len(batch) for name, batch in batches.items()}
     k, n = phase.stretch
     if parts.all_tasks:
@@ -377,21 +379,26 @@ def train_step(parts, optimizer, step, exit_weights, multiplier):
     """One optimiser step over the (task, rows) of `step`.
 
     Each loss is divided by the number of examples its task has in the whole step, so that k accumulated batches
-    equal one batch k times as large, and a short last batch counts by its examples.
-    Returns a list of (task, ids, {term: sum over the examples}), and the cosines between the tasks' gradients where
-    they are measured, without waiting for the device.
+    equal one batch k times as large, and a short last batch counts by its examples. Of each batch a process takes its
+    share; the gradients are summed when they are combined.
+    Returns a list of (task, rows, {term: sum over this process's examples}), and the cosines between the tasks'
+    gradients where they are measured, without waiting for the device.
     """
-    done = []
+    done, size = [], parts.batch_size * parallel.world_size()
     for name, rows in step:
         data = parts.data[name]["train"]
-        for start in range(0, len(rows), parts.batch_size):
-            batch = data.batch(rows[start : start + parts.batch_size]).to(parts.device)
+        for start in range(0, len(rows), size):
+            together = rows[start : start + size]
+            positions, weight = parallel.share(len(together))
+            batch = data.batch(together, positions).to(parts.device)
             with parts.precision():
                 outputs = parts.model(batch, exits=tuple(exit_weights))
-            values = {key: term(parts.model, batch, outputs, exit_weights) for key, term in parts.terms.items()}
+            values = {
+                key: weight * term(parts.model, batch, outputs, exit_weights) for key, term in parts.terms.items()
+            }
             loss = parts.task_weights[name] * sum(values.values()).sum() / len(rows)
             parts.gradients.add(name, parts.scaler.scale(loss))
-            done.append((name, batch.ids, {key: value.detach().sum() for key, value in values.items()}))
+            done.append((name, together, {key: value.detach().sum() for key, value in values.items()}))
     parts.gradients.combine()
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * multiplier
@@ -404,26 +411,28 @@ def train_step(parts, optimizer, step, exit_weights, multiplier):
     return done, parts.gradients.cosines
 
 
-def check_finite(folder, done, first_step):
+def check_finite(parts, folder, done, first_step):
     """Stop the run at the first loss that is not a number, saving the batch's ids.
 
-    `done` holds the results of several steps; their values are fetched from the device here, together.
-    Returns [(task, examples, {term: mean})].
+    `done` holds the results of several steps; their values are summed over the processes and fetched from the device
+    here, together. Returns [(task, examples, {term: mean})].
     """
-    rows = []
+    sums = torch.stack([value for results, _ in done for *_, values in results for value in values.values()])
+    sums, means = iter(parallel.add_up(sums).tolist()), []
     for offset, (results, _) in enumerate(done):
-        for name, ids, values in results:
-            values = {key: float(value) / len(ids) for key, value in values.items()}
+        for name, rows, values in results:
+            values = {key: next(sums) / len(rows) for key in values}
             if not all(map(np.isfinite, values.values())):
                 record = {"step": first_step + offset, "task": name, "terms": {k: str(v) for k, v in values.items()}}
                 path = folder.path / "nan-batch.json"
+                ids = [parts.data[name]["train"].identifier(row) for row in rows]
                 write_whole(path, json.dumps(record | {"ids": ids}, indent=1))
                 raise InputError(
                     f"{path}: the loss of {name} is {values} at step {first_step + offset}: lower --lr, or look at "
                     "the examples whose ids are saved there"
                 )
-            rows.append((name, len(ids), values))
-    return rows
+            means.append((name, len(rows), values))
+    return means
 
 
 def mean_terms(rows):
@@ -454,7 +463,11 @@ def peak_memory(device):
 
 
 def snapshot(parts, optimizer, progress):
-    """Everything a resumed run needs, loadable with weights_only=True."""
+    """Everything a resumed run needs, loadable with weights_only=True.
+
+    The processes are alike, except for the generators that dropout draws from: all of those are here.
+    """
+    on_cuda = parts.device.type == "cuda"
     return {
         "model": parts.model.state_dict(),
         "optimizer": optimizer.state_dict(),
@@ -462,8 +475,8 @@ def snapshot(parts, optimizer, progress):
         "terms": {key: term.state_dict() for key, term in parts.terms.items() if hasattr(term, "state_dict")},
         "gradients": parts.gradients.state_dict() if hasattr(parts.gradients, "state_dict") else {},
         "scaler": parts.scaler.state_dict(),
-        "rng": torch.get_rng_state(),
-        "cuda_rng": torch.cuda.get_rng_state(parts.device) if parts.device.type == "cuda" else None,
+        "rng": torch.stack(parallel.gather(torch.get_rng_state())),
+        "cuda_rng": parallel.gather(torch.cuda.get_rng_state(parts.device) if on_cuda else None),
     }
 
 
@@ -475,9 +488,10 @@ def restore(parts, state):
     if state["gradients"]:
         parts.gradients.load_state_dict(state["gradients"])
     parts.scaler.load_state_dict(state["scaler"])
-    torch.set_rng_state(state["rng"])
-    if state["cuda_rng"] is not None:
-        torch.cuda.set_rng_state(state["cuda_rng"], parts.device)
+    # a tensor of its own: torch crashes on a row of another one
+    torch.set_rng_state(state["rng"][parallel.rank()].clone())
+    if (cuda_rng := state["cuda_rng"][parallel.rank()]) is not None:
+        torch.cuda.set_rng_state(cuda_rng, parts.device)
 
 
 def evaluate_dev(parts, depth):
@@ -489,7 +503,7 @@ def evaluate_dev(parts, depth):
             parts.model.set_threshold(name, 0.5)
             seen = predict(parts.model, splits["train"], splits["train"].usable[:2000], **how)
             labels = splits["train"].labels[seen.rows]
-            parts.model.set_threshold(name, fit_threshold(seen.probabilities[:, 1], labels))
+            parts.model.set_threshold(name, parallel.from_first(fit_threshold(seen.probabilities[:, 1], labels)))
     return evaluate(parts.model, parts.dev(), **how)[0]
 
 
@@ -500,7 +514,7 @@ def main_metrics(metrics, tasks):
 
 def log_steps(parts, folder, phase, progress, optimizer, pending, seconds):
     """Write a log line for the pending steps. Returns what the progress bar says."""
-    rows = check_finite(folder, pending, progress.total_steps - len(pending) + 1)
+    rows = check_finite(parts, folder, pending, progress.total_steps - len(pending) + 1)
     terms, count = mean_terms(rows), sum(count for _, count, _ in rows)
     folder.log(
         kind="step",
@@ -520,11 +534,12 @@ def log_steps(parts, folder, phase, progress, optimizer, pending, seconds):
 def train_phase(parts, folder, phase, progress, optimizer, signals):
     """Take the (remaining) steps of a phase.
 
+    A signal that reaches one process stops all of them after the same step, and they save at the same steps.
     Raises: Interrupted after saving, on SIGINT or SIGTERM; InputError where a loss is not a number.
     """
     steps = phase_steps(parts, phase, progress.epochs)
     k, n = phase.stretch
-    quiet = not sys.stderr.isatty()
+    quiet = not parallel.progress_bars()
     pending, started = [], time.monotonic()
     logged_at = saved_at = told_at = started
     parts.model.train()
@@ -538,8 +553,9 @@ def train_phase(parts, folder, phase, progress, optimizer, signals):
                 term.after_step(parts.model, share)
         progress.step += 1
         progress.total_steps += 1
-        now, stop = time.monotonic(), signals.received
-        save = stop or now - saved_at > 60 * parts.save_every
+        now = time.monotonic()
+        stop, due = parallel.any_process(signals.received is not None, now - saved_at > 60 * parts.save_every)
+        save = stop or due
         if save or len(pending) == parts.log_every or progress.step == len(steps):
             line = log_steps(parts, folder, phase, progress, optimizer, pending, now - logged_at)
             bar.set_postfix_str(line)
@@ -559,12 +575,15 @@ def train_phase(parts, folder, phase, progress, optimizer, signals):
 def evaluate_phase(parts, folder, phase, progress, optimizer, signals):
     """Evaluate after a phase, keep the model where it is the best, and save what resuming needs."""
     started = time.monotonic()
+    # taken beforehand, as long as all processes are at the same place
+    before = snapshot(parts, optimizer, progress)
     signals.immediate = True
     try:
         # a model that may not be kept is only asked how far the exit that it trained has come
-        scores = evaluate_dev(parts, parts.model.depth if phase.keep else max(phase.exit_weights[-1]))
+        depth = parts.model.depth if phase.keep else max(phase.exit_weights[-1])
+        scores = parallel.from_first(evaluate_dev(parts, depth))
     except Interrupted:
-        folder.save_last(snapshot(parts, optimizer, progress))
+        folder.save_last(before)
         raise
     finally:
         signals.immediate = False
@@ -637,7 +656,7 @@ def choose_device(use_gpu):
     if use_gpu:
         if torch.cuda.is_available():
             return torch.device("cuda")
-        if torch.backends.mps.is_available():
+        if torch.backends.mps.is_available() and not parallel.several():
             return torch.device("mps")
         print("warning: --use_gpu, but torch sees no GPU (CUDA or MPS): training on the CPU", file=sys.stderr)
     return torch.device("cpu")
@@ -679,12 +698,14 @@ def cache_features(model, dataset, batch_size, precision):
     model.eval()
     device, states = next(model.parameters()).device, []
     order = np.argsort(dataset.lengths(), kind="stable")
-    for start in tqdm(range(0, len(order), batch_size), f"features {dataset.path.name}", disable=None, leave=False):
+    starts, quiet = parallel.deal(range(0, len(order), batch_size)), not parallel.progress_bars()
+    for start in tqdm(starts, f"features {dataset.path.name}", disable=quiet, leave=False):
         batch = dataset.batch(order[start : start + batch_size]).to(device)
         with precision():
-            states.append(model(batch).states[model.depth].float().cpu())
-    features = torch.empty(len(order), states[0].shape[1])
-    features[torch.from_numpy(order)] = torch.cat(states)
+            states.append((widen(model(batch).states[model.depth]).cpu(),))
+    states = torch.cat([state for (state,) in parallel.gather_batches(states)])
+    features = torch.empty_like(states)
+    features[torch.from_numpy(order)] = states
     dataset.features = features
 
 
@@ -844,7 +865,7 @@ def finish(parts, folder, progress):
     print(f"\nbest model: {progress.best_phase} (last phase: norm {progress.last_scores['norm']:.4f})")
     started = time.monotonic()
     scores, exits = close(
-        parts.model, parts.data, folder.path, parts.how(), parts.exit_settings, sys.stderr.isatty()
+        parts.model, parts.data, folder.path, parts.how(), parts.exit_settings, parallel.progress_bars()
     )
     counted = exits["dev"] if exits else scores
     summary = {
@@ -913,7 +934,7 @@ def evaluate_run(flags, given):
     if levels:
         close_sweep(run.model, parts.dev(), folder, parts.exit_settings, levels, parts.how())
     else:
-        close(run.model, data, folder, parts.how(), parts.exit_settings, sys.stderr.isatty())
+        close(run.model, data, folder, parts.how(), parts.exit_settings, parallel.progress_bars())
 
 
 def start_run(flags, given, defaults):
@@ -925,7 +946,8 @@ def start_run(flags, given, defaults):
         flags = config["flags"] | {name: flags[name] for name in given & FREE_FLAGS}
     else:
         folder.refuse_existing(flags["overwrite"])
-    torch.manual_seed(flags["seed"])
+    # dropout differs between processes, all other random numbers come from generators that are alike
+    torch.manual_seed(flags["seed"] + parallel.rank())
     device = choose_device(flags["use_gpu"])
     recorded = flags["resume"] and "weights" not in given
     weights = Path(config["weights"]["folder"]) if recorded else find_weights(flags["weights"])
@@ -934,6 +956,8 @@ def start_run(flags, given, defaults):
     tasks = task_table(flags)
     data, files = read_data(flags, tasks, tokenizer)
     hashes = {name: sha256(path) for name, path in files.items()}
+    parallel.check_same("flags", {name: flags[name] for name in flags.keys() - {"data_dir", "weights"}})
+    parallel.check_same("data files", hashes)
     if flags["resume"]:
         check_same_files(config["data"], hashes)
         check_same_files(config["weights"]["sha256"], hash_weights(weights))
@@ -945,6 +969,7 @@ def start_run(flags, given, defaults):
             f"{bert.config.max_position_embeddings}, the positions of {weights}"
         )
     model = build_model(flags, tasks, bert).to(device)
+    parallel.copy_from_first(model)
     parts = build(flags, model, data, device)
     print("\n".join(parameter_table(model, parts.may_train)))
     if model.adapters is not None:
@@ -970,7 +995,8 @@ def start_run(flags, given, defaults):
         progress = train(parts, folder, state)
         finish(parts, folder, progress)
     except (Interrupted, KeyboardInterrupt):
-        print(f"\ninterrupted: the run is saved; continue with --resume --run_dir {folder.path}", file=sys.stderr)
+        if parallel.rank() == 0:
+            print(f"\ninterrupted: the run is saved; continue with --resume --run_dir {folder.path}", file=sys.stderr)
         return 130
     except torch.OutOfMemoryError:
         half = max(1, flags["batch_size"] // 2)
@@ -984,9 +1010,10 @@ def main(argv=None):
     """Train or evaluate as the flags say. Returns the exit status."""
     flags, given, defaults = parse_flags(argv)
     check_flags(flags, given)
-    if flags["option"] == "evaluate":
-        return evaluate_run(flags, given)
-    return start_run(flags, given, defaults)
+    with parallel.processes(flags["use_gpu"]):
+        if flags["option"] == "evaluate":
+            return evaluate_run(flags, given)
+        return start_run(flags, given, defaults)
 
 
 if __name__ == "__main__":

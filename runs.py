@@ -26,6 +26,7 @@ import torch
 
 from errors import InputError
 from files import write_whole
+from parallel import on_first, world_size
 
 # flags that say where and how a run is looked after, not what it computes: free to differ when it is resumed
 FREE_FLAGS = {"run_dir", "resume", "overwrite", "keep_last", "log_every", "save_every", "data_dir", "weights"}
@@ -73,6 +74,7 @@ def describe_environment(device):
         "numpy": np.__version__,
         "device": f"{device.type}: {name}",
         "threads": torch.get_num_threads(),
+        "processes": world_size(),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
@@ -103,6 +105,7 @@ class RunFolder:
         if not self.exists():
             raise InputError(f"{self.path}: is not a run directory, so --overwrite leaves it alone")
 
+    @on_first
     def create(self, config, vocab, overwrite):
         """Start a run here, with its config and the vocabulary it reads with."""
         self.refuse_existing(overwrite)
@@ -126,6 +129,7 @@ class RunFolder:
             raise InputError(f"{path}: not the config of a run: check the path")
         return config
 
+    @on_first
     def log(self, **record):
         """Append a line to log.jsonl."""
         try:
@@ -138,10 +142,22 @@ class RunFolder:
         """Length of the log so far, in bytes."""
         return self.log_path.stat().st_size if self.log_path.exists() else 0
 
+    @on_first
     def save_last(self, state):
         """Save everything that resuming needs."""
         state = state | {"log_position": self.log_position()}
         write_whole(self.path / "last.pt", lambda file: torch.save(state, file))
+
+    @on_first
+    def cut_back(self, log_position):
+        """Cut the log back to a saved moment and remove half-written files."""
+        try:
+            for part in self.path.rglob(".*.part"):
+                part.unlink()
+            if self.log_path.exists():
+                os.truncate(self.log_path, min(self.log_position(), log_position))
+        except OSError as error:
+            raise InputError(f"{self.path}: cannot be written ({error.strerror}): check its permissions") from None
 
     def load_last(self):
         """What save_last saved, or None; cuts the log back to that moment and removes half-written files.
@@ -158,19 +174,15 @@ class RunFolder:
             except Exception as error:  # a cut-off or foreign file raises one of many kinds
                 reason = str(error).split("\n")[0][:100]
                 raise InputError(f"{path}: cannot be loaded ({reason}): start again with --overwrite") from None
-        try:
-            for part in self.path.rglob(".*.part"):
-                part.unlink()
-            if self.log_path.exists():
-                os.truncate(self.log_path, min(self.log_position(), state["log_position"] if state else 0))
-        except OSError as error:
-            raise InputError(f"{self.path}: cannot be written ({error.strerror}): check its permissions") from None
+        self.cut_back(state["log_position"] if state else 0)
         return state
 
+    @on_first
     def remove_last(self):
         """Drop last.pt: the run is complete."""
         (self.path / "last.pt").unlink(missing_ok=True)
 
+    @on_first
     def save_best(self, model):
         """Save the model's weights as the best so far."""
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
@@ -212,7 +224,12 @@ class RunFolder:
 
 
 def check_same_run(config, flags, given):
-    """Fail where a resumed run is given other flags than it was started with."""
+    """Fail where a resumed run is given other flags, or other processes, than it was started with."""
+    processes = config.get("processes", 1)
+    if processes != world_size():
+        raise InputError(
+            f"torchrun: this run was started with {processes} processes, not {world_size()}: resume with as many"
+        )
     for name in given - FREE_FLAGS:
         if flags[name] != config["flags"].get(name):
             raise InputError(

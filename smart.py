@@ -24,6 +24,7 @@ from contextlib import contextmanager
 import torch
 
 from errors import InputError
+from parallel import every_process
 from tasks import widen
 
 # radius, step and start noise of the adversarial form, in units of the embeddings' RMS; chosen by measurement, in
@@ -53,9 +54,14 @@ def forward_again(model, batch, embeds, rng, exits):
 
 
 def root_mean_square(hidden, masks):
-    """RMS of the numbers of a batch's real tokens. Shapes: one [b,s,d] and one [b,s] per pass -> a scalar."""
-    squares = sum((h.detach().square() * mask.unsqueeze(-1)).sum() for h, mask in zip(hidden, masks, strict=True))
-    return (squares / (sum(mask.sum() for mask in masks) * hidden[0].shape[-1])).sqrt()
+    """RMS of the numbers of each example's real tokens, of all passes together.
+
+    One value per example, so that no example's noise depends on which others share its batch.
+    Shapes: one [b,s,d] and one [b,s] per pass -> [b,1,1].
+    """
+    squares = [(h.detach().square() * mask.unsqueeze(-1)).sum((1, 2)) for h, mask in zip(hidden, masks, strict=True)]
+    tokens = sum(mask.sum(-1) for mask in masks)
+    return (sum(squares) / (tokens * hidden[0].shape[-1])).sqrt()[:, None, None]
 
 
 def add(xs, ys):
@@ -77,10 +83,14 @@ class NoiseTerm:
         """Go on drawing where the saved run was."""
         self.generator.set_state(state["generator"].cpu())
 
-    def draw(self, hidden, masks):
-        """Standard normal noise, 0 on padding. Shapes: one [b,s,d] per encoder pass."""
+    def draw(self, hidden, masks, share=None):
+        """Standard normal noise, 0 on padding; drawn for all rows of a batch that processes share, to take ours.
+
+        Shapes: one [b,s,d] per encoder pass.
+        """
+        positions, rows = share or (slice(None), len(hidden[0]))
         how = dict(generator=self.generator, device=self.generator.device)
-        noise = (torch.randn(h.shape, dtype=h.dtype, **how).to(h.device) for h in hidden)
+        noise = (torch.randn(rows, *h.shape[1:], dtype=h.dtype, **how)[positions].to(h.device) for h in hidden)
         return tuple(x * mask.unsqueeze(-1) for x, mask in zip(noise, masks, strict=True))
 
 
@@ -117,8 +127,8 @@ class AdversarialSmart(SmartTerm):
     8 units where a plain one costs 3 (a forward pass 1, a full backward pass 2, one to the embeddings alone 1).
     A step waits for the device once, for the flag that says whether the perturbation vanished.
 
-    Units: radius, step and noise (standard deviation of the start) are multiples of the RMS of the embeddings of the
-        batch's real tokens.
+    Units: radius, step and noise (standard deviation of the start) are multiples of the RMS of the embeddings of an
+        example's real tokens.
     Raises: InputError where the perturbation vanished: the step left the start as it was, the embeddings did not
         change in the working precision, or no output of the batch did.
     Source: Jiang et al. (2020), section 3.1, algorithm 1 (K = 1); BERTer 3.2.
@@ -139,7 +149,7 @@ class AdversarialSmart(SmartTerm):
         masks = model.masks(batch)
         scale = root_mean_square(embeds, masks)
         radius = self.radius * scale
-        start = tuple((self.noise * scale * x).clamp(-radius, radius) for x in self.draw(embeds, masks))
+        start = tuple((self.noise * scale * x).clamp(-radius, radius) for x in self.draw(embeds, masks, batch.share))
         moves = tuple(x.clone().requires_grad_() for x in start)
         noisy = forward_again(model, batch, add([h.detach() for h in embeds], moves), rng, exit_weights)
         fixed = {i: clean[i].detach() for i in exit_weights}
@@ -155,7 +165,7 @@ class AdversarialSmart(SmartTerm):
         vanished = (divergence == 0).all()
         for h, before, after, moved in zip(embeds, start, final, perturbed, strict=True):
             vanished = vanished | (before == after).all() | (moved == h).all()
-        if vanished:
+        if every_process(vanished):
             raise InputError(
                 f"--smart_radius {self.radius:g} --smart_step {self.step:g} --smart_noise {self.noise:g}: the "
                 f"perturbation of a batch of {task.name} vanished in {embeds[0].dtype}: raise them"
@@ -186,7 +196,7 @@ class GaussianSmart(SmartTerm):
 
     def penalty(self, model, batch, embeds, clean, rng, exit_weights):
         """Mean over the outputs of the squared change of the logits. Shapes: [b]."""
-        noise = tuple(self.sigma * x for x in self.draw(embeds, model.masks(batch)))
+        noise = tuple(self.sigma * x for x in self.draw(embeds, model.masks(batch), batch.share))
         noisy = forward_again(model, batch, add(embeds, noise), rng, exit_weights)
         return sum(w * (widen(clean[i]) - widen(noisy[i])).square().mean(-1) for i, w in exit_weights.items())
 
@@ -257,7 +267,7 @@ class LNSR(NoiseTerm):
     since the loop keeps no hidden states; they have no heads, so that with exits after several layers their dropout
     masks are each other's and not those of the loop.
 
-    Units: sigma is a multiple of the RMS of the embeddings of the batch's real tokens.
+    Units: sigma is a multiple of the RMS of the embeddings of an example's real tokens.
     Source: Hua et al. (2021), Noise Stability Regularization for Improving BERT Fine-tuning; sigma is the relative
         size of the noise with which its figure 1 shows how unstable a fine-tuned BERT is.
     Differs: the paper lets the noise enter at any layer and sums squared norms with a weight per layer; here it enters
@@ -278,7 +288,7 @@ class LNSR(NoiseTerm):
         """The term of each example. Shapes: [b]."""
         embeds, masks, stop = tuple(widen(h) for h in outputs.embeds), model.masks(batch), max(exit_weights)
         scale = self.sigma * root_mean_square(embeds, masks)
-        noise = tuple(scale * x for x in self.draw(embeds, masks))
+        noise = tuple(scale * x for x in self.draw(embeds, masks, batch.share))
         clean = self.states(model, batch, embeds, outputs.rng, stop)
         noisy = self.states(model, batch, add(embeds, noise), outputs.rng, stop)
         change = sum(

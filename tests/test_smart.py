@@ -2,6 +2,7 @@
 
 import io
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -77,9 +78,12 @@ class LinearModel(nn.Module):
 
 
 def real_tokens_rms(outputs, masks):
-    """RMS of the embeddings of the real tokens, the long way."""
-    rows = [h[m.bool()] for h, m in zip(outputs.embeds, masks, strict=True)]
-    return torch.cat(rows).pow(2).mean().sqrt().detach()
+    """RMS of the embeddings of each example's real tokens, the long way. Shapes: [b,1,1]."""
+    examples = []
+    for i in range(len(masks[0])):
+        tokens = torch.cat([h[i][m[i].bool()] for h, m in zip(outputs.embeds, masks, strict=True)])
+        examples.append(tokens.pow(2).mean().sqrt().detach())
+    return torch.stack(examples)[:, None, None]
 
 
 # --- SMART, adversarial -------------------------------------------------------------------------------------------
@@ -118,7 +122,7 @@ def test_closed_form_on_a_linear_model():
     term = AdversarialSmart(["sts"], seeded(), weight=3.0, radius=0.1, step=1e9, noise=0.1)
     value = term(model, batch, outputs, weights)
     masks = model.masks(batch)
-    reach = 0.1 * real_tokens_rms(outputs, masks) * sum(m.sum(-1) for m in masks)
+    reach = 0.1 * real_tokens_rms(outputs, masks).flatten() * sum(m.sum(-1) for m in masks)
     assert torch.allclose(value, 3 * (reach * model.w.abs().sum()) ** 2, rtol=1e-12)
     # gradient through both outputs: f(x + delta) - f(x) = w.delta, so the embeddings cancel
     value.sum().backward()
@@ -141,7 +145,7 @@ def test_the_perturbation_moves_every_segment_within_the_radius_and_never_paddin
     for start, final, mask in zip(starts, finals, masks, strict=True):
         real = mask.bool()
         assert not real.all() and (final[~real] == 0).all() and (start[~real] == 0).all()
-        assert max(final.abs().max(), start.abs().max()) <= radius * (1 + 1e-12)
+        assert (torch.maximum(final.abs(), start.abs()) <= radius * (1 + 1e-12)).all()
         # every real token of every segment of this pass has moved: of A, of B, or of both joined
         assert torch.equal((final != start).any(-1), real)
 
@@ -153,8 +157,27 @@ def test_longer_steps_end_on_the_edge_of_the_box():
     term = AdversarialSmart(["sst"], seeded(), radius=0.02, step=1e12, noise=0.02)
     _, (final,) = term.perturb(model, batch, outputs.embeds, outputs.logits, outputs.rng, weights)
     radius = 0.02 * real_tokens_rms(outputs, model.masks(batch))
-    real = final[model.masks(batch)[0].bool()]
-    assert torch.allclose(real.abs(), radius.expand_as(real), rtol=1e-12)
+    real = model.masks(batch)[0].bool()
+    assert torch.allclose(final[real].abs(), radius.expand_as(final)[real], rtol=1e-12)
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize(
+    "make_term",
+    [lambda: AdversarialSmart(NAMES, seeded()), lambda: GaussianSmart(NAMES, seeded()), lambda: LNSR(seeded())],
+    ids=["adversarial", "gaussian", "lnsr"],
+)
+def test_an_example_has_the_same_term_whichever_examples_it_is_computed_with(make_term, encoding):
+    """The rows of a batch in two halves, as two processes take them, against all of them together."""
+    model = make_model(tables(encoding))
+    batch = make_batch(model.tasks["para"], b=5)
+    outputs, weights = forward(model, batch)
+    together = make_term()(model, batch, outputs, weights)
+    for positions in (slice(0, 5, 2), slice(1, 5, 2)):
+        segments = tuple(tuple(x[positions] for x in segment) for segment in batch.segments)
+        half = replace(batch, segments=segments, labels=batch.labels[positions], ids=batch.ids[positions])
+        half = replace(half, share=(positions, 5))
+        assert torch.allclose(make_term()(model, half, *forward(model, half)), together[positions], rtol=1e-9)
 
 
 def reference_divergence(name, p, q):
@@ -519,7 +542,8 @@ def test_lnsr_on_a_linear_model():
     value = LNSR(seeded(), sigma=0.05)(model, batch, outputs, weights)
     (mask,), (x,) = model.masks(batch), outputs.embeds
     noise = torch.randn(x.shape, generator=seeded(), dtype=x.dtype)
-    noise = [0.05 * real_tokens_rms(outputs, (mask,)) * n[m.bool()] for n, m in zip(noise, mask, strict=True)]
+    noise = 0.05 * real_tokens_rms(outputs, (mask,)) * noise
+    noise = [n[m.bool()] for n, m in zip(noise, mask, strict=True)]
     expected = torch.stack([n.pow(2).mean() for n in noise]) * (4 + 16 + 64) / 3
     assert torch.allclose(value, expected, rtol=1e-12)
 

@@ -13,12 +13,13 @@ from flags import check_flags, make_parser, parse_flags
 ROOT = Path(__file__).parents[1]
 MODULES = {path.stem: path for path in sorted(ROOT.glob("*.py"))}
 CORE = ("errors", "files", "tokenizer", "base_bert", "bert", "optimizer", "tasks", "datasets", "samplers")
-METHODS = ("smart", "early_exit", "slf", "adapters", "gradients")
+METHODS = ("parallel", "smart", "early_exit", "slf", "adapters", "gradients")
 LOOP = (*CORE, *METHODS, "evaluation", "plots", "closing", "flags", "runs")
 # {module: what it may import of ours}; each names only modules above it, so that there is no circle
 MAY_IMPORT = {
     "errors": (),
-    "files": ("errors",),
+    "parallel": ("errors",),
+    "files": ("errors", "parallel"),
     "tokenizer": ("errors",),
     "base_bert": ("errors", "files"),
     "bert": ("errors", "base_bert"),
@@ -27,16 +28,16 @@ MAY_IMPORT = {
     "tasks": ("errors",),
     "datasets": ("errors", "tokenizer", "tasks"),
     "samplers": (),
-    "smart": ("errors", "tasks"),
+    "smart": ("errors", "parallel", "tasks"),
     "early_exit": ("errors", "tasks"),
     "slf": (),
     "adapters": ("errors",),
-    "gradients": (),
-    "evaluation": ("files", "tasks", "datasets", "early_exit"),
+    "gradients": ("parallel",),
+    "evaluation": ("files", "parallel", "tasks", "datasets", "early_exit"),
     "plots": ("files",),
     "closing": ("early_exit", "evaluation", "plots"),
     "flags": ("errors", "tasks", "datasets", "samplers", "optimizer", "adapters", "gradients", "slf", "early_exit"),
-    "runs": ("errors", "files"),
+    "runs": ("errors", "files", "parallel"),
     "multitask_classifier": LOOP,
     "predict": (*LOOP, "multitask_classifier"),
     "experiments": (*LOOP, "multitask_classifier"),

@@ -1,0 +1,236 @@
+"""Several processes that train one model together, with torch.distributed. Read first: nothing.
+
+    torchrun --nproc_per_node 2 multitask_classifier.py ...
+
+starts the program twice; each process has a number (its rank) and the whole model. A step goes like this:
+
+    batch            all processes know the rows of the step's batch; each takes its share of them (`share`)
+    gradients        each computes those of its rows; the sum over the processes is the gradient of the whole batch,
+                     since the loss is a sum over examples (`sum_gradients`)
+    update           the same on all of them, so that the models stay equal without being compared
+
+So N processes with batches of B/N examples compute what one process does with B. An evaluation is cut up by batches
+and put together again (`gather_batches`), so that all processes know all predictions, hence the scores. Process 0
+alone writes and prints. In a single process every function here does nothing, and costs nothing.
+
+Python values and flags travel by gloo, between the CPUs, and never make a process wait for its GPU; gradients travel
+by NCCL where there are GPUs. Every process must come to the same exchanges in the same order.
+
+Differs: torch's DistributedDataParallel adds the gradients up during the backward pass, which hides the transfer
+behind it, but knows one gradient per parameter. Gradient surgery needs one per task, so it is done after the pass.
+"""
+
+import os
+import sys
+from contextlib import contextmanager, redirect_stdout
+from functools import wraps
+
+import torch
+import torch.distributed as dist
+
+from errors import InputError
+
+# gradients are added up in pieces of this many numbers, so that packing one piece hides the transfer of another
+PIECE = 1 << 23
+
+
+class ProcessLost(Exception):
+    """An exchange failed: another process of the job has ended, or cannot be reached."""
+
+
+# --- who is who ---------------------------------------------------------------------------------------------------
+
+
+def several():
+    """Whether this is one of several processes."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def rank():
+    """The number of this process."""
+    return dist.get_rank() if several() else 0
+
+
+def world_size():
+    """How many processes there are."""
+    return dist.get_world_size() if several() else 1
+
+
+def on_first(function):
+    """Make a function that writes: process 0 runs it, the others skip it."""
+
+    @wraps(function)
+    def first_only(*args, **kwargs):
+        return function(*args, **kwargs) if rank() == 0 else None
+
+    return first_only
+
+
+def progress_bars():
+    """Whether to draw progress bars: in process 0, at a terminal."""
+    return rank() == 0 and sys.stderr.isatty()
+
+
+@contextmanager
+def processes(use_gpu):
+    """Join the processes that torchrun started; without torchrun, nothing.
+
+    A process that loses the others ends with a sentence and exit status 1.
+    Raises: InputError where a machine has fewer GPUs than processes.
+    """
+    if not dist.is_available() or not dist.is_torchelastic_launched() or dist.is_initialized():
+        yield
+        return
+    cuda, local = use_gpu and torch.cuda.is_available(), int(os.environ["LOCAL_RANK"])
+    if cuda and local >= torch.cuda.device_count():
+        raise InputError(
+            f"torchrun --nproc_per_node {os.environ['LOCAL_WORLD_SIZE']}: this machine has "
+            f"{torch.cuda.device_count()} GPUs: start one process per GPU"
+        )
+    if cuda:
+        torch.cuda.set_device(local)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    try:
+        with open(os.devnull, "w") as nowhere, redirect_stdout(sys.stdout if rank() == 0 else nowhere):
+            yield
+    except ProcessLost as lost:
+        sys.exit(f"error: {lost}")
+    # not where something went wrong: it would wait for processes that may be gone
+    dist.destroy_process_group()
+
+
+# --- exchanges ----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def exchange():
+    """Say ProcessLost where an exchange fails."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0][:100]
+        raise ProcessLost(
+            f"process {dist.get_rank()} has lost another one ({reason}): see which one ended; a training run goes on "
+            "from its last saved state with --resume"
+        ) from error
+
+
+def gather(value):
+    """A value of every process, by rank."""
+    if not several():
+        return [value]
+    values = [None] * world_size()
+    with exchange():
+        dist.all_gather_object(values, value)
+    return values
+
+
+def from_first(value):
+    """Process 0's value, for all: what follows from it is the same everywhere, whatever the machines."""
+    if not several():
+        return value
+    box = [value]
+    with exchange():
+        dist.broadcast_object_list(box)
+    return box[0]
+
+
+def check_same(name, value):
+    """Fail where a process was given something else than process 0.
+
+    Raises: InputError, in every process.
+    """
+    values = gather(value)
+    for number, other in enumerate(values):
+        if other != values[0]:
+            raise InputError(f"{name}: process {number} was given others than process 0: start all with the same")
+
+
+def copy_from_first(model):
+    """Give every process the weights of process 0."""
+    if several():
+        with exchange():
+            for tensor in model.state_dict().values():
+                dist.broadcast(tensor, 0)
+
+
+def add_up(values):
+    """The sum of a tensor over the processes."""
+    if several():
+        with exchange():
+            dist.all_reduce(values)
+    return values
+
+
+def any_process(*flags):
+    """For each flag whether it is set in some process: what all of them then do together."""
+    if not several():
+        return flags
+    found = torch.tensor(flags, dtype=torch.uint8)
+    with exchange():
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+    return tuple(map(bool, found.tolist()))
+
+
+def every_process(flag):
+    """Whether a flag (a 0-dim tensor) is set in every process. Waits for the device."""
+    return not any_process(not flag)[0]
+
+
+# --- training and evaluating together -----------------------------------------------------------------------------
+
+
+def share(count):
+    """The positions among `count` rows that this process takes, and their weight in the loss.
+
+    Every n-th row: the rows come sorted by length, and so all shares are of about the same size and length. A process
+    for which no row is left takes the first one with weight 0, so that it comes to all exchanges, with gradients of 0.
+    """
+    if rank() < count:
+        return slice(rank(), count, world_size()), 1.0
+    return slice(0, 1), 0.0
+
+
+def sum_gradients(parameters, gradients):
+    """The gradients summed over the processes; where none has one, None.
+
+    Shapes: gradients: a tensor like the parameter, or None, for each of the parameters.
+    """
+    if not several():
+        return gradients
+    present = any_process(*(gradient is not None for gradient in gradients))
+    totals = [
+        None if not somewhere else torch.zeros_like(parameter) if gradient is None else gradient
+        for parameter, gradient, somewhere in zip(parameters, gradients, present, strict=True)
+    ]
+    pieces = [[]]
+    for total in totals:
+        if total is not None:
+            if sum(x.numel() for x in pieces[-1]) >= PIECE:
+                pieces.append([])
+            pieces[-1].append(total)
+    with exchange():
+        packed = [torch.cat([x.flatten() for x in piece]) for piece in pieces if piece]
+        under_way = [dist.all_reduce(flat, async_op=True) for flat in packed]
+        for piece, flat, transfer in zip(pieces, packed, under_way, strict=False):
+            transfer.wait()
+            parts = flat.split([x.numel() for x in piece])
+            torch._foreach_copy_(piece, [part.view_as(x) for part, x in zip(parts, piece, strict=True)])
+    return totals
+
+
+def deal(batches):
+    """The batches of an evaluation that this process computes: every n-th."""
+    return batches[rank() :: world_size()]
+
+
+def gather_batches(results):
+    """Put the results of all processes for the batches that `deal` gave them back into the order of the batches.
+
+    Shapes: results: a tuple of tensors for each batch; comes back on the CPU.
+    """
+    if not several():
+        return results
+    by_rank = gather([tuple(tensor.cpu() for tensor in result) for result in results])
+    count = sum(map(len, by_rank))
+    return [by_rank[k % world_size()][k // world_size()] for k in range(count)]
