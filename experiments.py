@@ -73,7 +73,10 @@ GROUPS = {
     ),
     "exits": (
         "--batch_size 16 --seed 1",
-        {"SLF + early exit": "--slf --early_exit --epochs 2 --slf_epochs 0.1"},
+        {
+            "SLF + early exit": "--slf --early_exit --epochs 2 --slf_epochs 0.1",
+            "early exit, siamese, mean pooling": "--early_exit --pairs siamese --pooling mean --epochs 1",
+        },
     ),
 }
 
