@@ -38,6 +38,8 @@ from tokenizer import BertTokenizer
 
 PROGRAM = Path(multitask_classifier.__file__)
 TASK_NAMES = ("sst", "cfimdb", "para", "sts")
+# the real function, taken before any fixture replaces it: other test files use the fixtures of this one too
+DRAW = closing.plot_confusion
 EPOCHS, STEPS_PER_EPOCH = 2, 7
 # with this, a state is saved within an epoch every few steps
 OFTEN = ("--save_every", "0.00005", "--keep_last")
@@ -69,9 +71,8 @@ class Program:
 def draw():
     """Most runs leave an empty picture: drawing takes longer than training a tiny model. Gives the real function."""
     with pytest.MonkeyPatch.context() as patch:
-        real = closing.plot_confusion
         patch.setattr(closing, "plot_confusion", lambda path, *args: write_whole(path, b""))
-        yield real
+        yield DRAW
 
 
 @pytest.fixture(scope="session")
