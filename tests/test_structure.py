@@ -41,7 +41,8 @@ MAY_IMPORT = {
     "multitask_classifier": LOOP,
     "predict": (*LOOP, "multitask_classifier"),
     "experiments": (*LOOP, "multitask_classifier"),
-    "benchmark": (*LOOP, "multitask_classifier"),
+    "peer": LOOP,
+    "benchmark": (*LOOP, "multitask_classifier", "peer"),
 }
 README = ROOT / "README.md"
 
