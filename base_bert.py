@@ -155,9 +155,7 @@ class BertConfig:
             if not (is_number(value, (int, float)) and value > 0):
                 raise InputError(f"{name} is {value!r}: give a number above 0")
         if not (is_number(self.pad_token_id, int) and 0 <= self.pad_token_id < self.vocab_size):
-            raise InputError(
-                f"pad_token_id is {self.pad_token_id!r}: give a whole number from 0 to below vocab_size"
-            )
+            raise InputError(f"pad_token_id is {self.pad_token_id!r}: give a whole number from 0 to below vocab_size")
 
     @classmethod
     def from_json(cls, path):
@@ -169,9 +167,7 @@ class BertConfig:
         if values.get("model_type", "bert") != "bert":
             raise InputError(f"{path}: model_type is {values['model_type']!r}: give the weights of a 'bert'")
         if values.get("is_decoder"):
-            raise InputError(
-                f"{path}: is_decoder is {values['is_decoder']!r}: give the weights of an encoder"
-            )
+            raise InputError(f"{path}: is_decoder is {values['is_decoder']!r}: give the weights of an encoder")
         for name in SIZES:
             if name not in values:
                 raise InputError(f"{path}: {name} is missing: add it, or download the folder again")
@@ -277,9 +273,7 @@ def load_parts(index_path):
         read = load_safetensors(path) if path.suffix == ".safetensors" else load_bin(path)
         for name, tensor in read.items():
             if weight_map.get(name) != part:
-                raise InputError(
-                    f"{path}: holds {name}, which {index_path.name} places elsewhere: download both again"
-                )
+                raise InputError(f"{path}: holds {name}, which {index_path.name} places elsewhere: download both again")
             tensors[name] = tensor
     for name, part in weight_map.items():
         if name not in tensors:

@@ -96,9 +96,7 @@ def finish(part, path, sha256, source):
 def wrong_files(folder, hashes):
     """List the names in `hashes` that are absent from a folder or have another hash."""
     return [
-        name
-        for name, sha256 in hashes.items()
-        if not (folder / name).is_file() or sha256_of(folder / name) != sha256
+        name for name, sha256 in hashes.items() if not (folder / name).is_file() or sha256_of(folder / name) != sha256
     ]
 
 

@@ -252,18 +252,27 @@ def fit_threshold(scores, labels):
     return float(np.clip(best, THRESHOLD_ROOM, 1 - THRESHOLD_ROOM))
 
 
-def paired_bootstrap(first, second, labels, metric, samples=10_000, seed=0):
-    """Compare two sets of predictions of the same rows by resampling the rows.
+def paired_bootstrap(parts, samples=10_000, seed=0):
+    """Compare two models by resampling the rows, the same ones for both.
 
+    `parts` is a list of (first, second, labels, metric), one per task: the models' predictions of the same rows. What
+    is compared is the mean of the tasks' metrics.
     Returns (difference first - second, its 95% interval, share of resamples in which first is not better).
     """
     rng = np.random.default_rng(seed)
+
+    def difference(draws):
+        gains = [
+            metric(first[draw], labels[draw]) - metric(second[draw], labels[draw])
+            for (first, second, labels, metric), draw in zip(parts, draws, strict=True)
+        ]
+        return float(np.mean(gains))
+
     differences = np.empty(samples)
     for i in range(samples):
-        draw = rng.integers(0, len(labels), len(labels))
-        differences[i] = metric(first[draw], labels[draw]) - metric(second[draw], labels[draw])
+        differences[i] = difference([rng.integers(0, len(part[2]), len(part[2])) for part in parts])
     low, high = np.percentile(differences, [2.5, 97.5])
-    return metric(first, labels) - metric(second, labels), (low, high), float(np.mean(differences <= 0))
+    return difference([slice(None)] * len(parts)), (low, high), float(np.mean(differences <= 0))
 
 
 # --- prediction files ---------------------------------------------------------------------------------------------

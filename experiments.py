@@ -4,11 +4,13 @@
     python experiments.py core --data_dir ../shared/data        # runs what is not there yet, then writes results/core.*
     python experiments.py methods --list                        # only shows the commands
 
-A row is a name and the flags that it adds to its group's. A finished run is not run again; an interrupted one is
-resumed. Every number in results/ is read from runs/experiments/GROUP/NAME, never typed.
+A row is a name and the flags that it adds to its group's; one that starts with a script's name is that command
+instead. A finished run is not run again; an interrupted one is resumed. Every number in results/ is read from
+runs/experiments/GROUP/NAME, never typed.
 """
 
 import argparse
+import csv
 import json
 import re
 import shlex
@@ -16,12 +18,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+
+import peer
 from errors import InputError, run_script
+from evaluation import METRICS, normalise, paired_bootstrap
 from files import write_whole
 from flags import parse_flags
 from runs import FREE_FLAGS
+from tasks import build_tasks
 
 HERE = Path(__file__).parent
+PEER = peer.__name__
 # what every group adds: the small weights, which every reader has
 COMMON = "--weights minilm --precision bf16"
 GROUPS = {
@@ -31,6 +39,7 @@ GROUPS = {
             "finetune, seed 1": "--seed 1 --lr 1e-4 --step one_task",
             "finetune, seed 2": "--seed 2",
             "finetune, seed 3": "--seed 3",
+            "transformers": "peer.py --epochs 4 --lr 5e-5 --batch_size 16 --seed 1 --precision bf16",
             "pretrain (BERT frozen)": "--option pretrain --seed 1 --epochs 10",
             "SST alone, last linear layer": "--tasks sst --option pretrain --seed 1 --epochs 10",
             "SST alone, full model": "--tasks sst --seed 1",
@@ -81,10 +90,12 @@ GROUPS = {
 }
 
 
-def flags_of(group, name):
-    """The flags of one row, later ones overriding earlier ones."""
+def command_of(group, name):
+    """The script of one row and its flags, later ones overriding earlier ones."""
     shared, rows = GROUPS[group]
-    return shlex.split(f"{COMMON} {shared} {rows[name]}")
+    if rows[name].startswith(f"{PEER}.py"):
+        return shlex.split(rows[name])
+    return ["multitask_classifier.py", *shlex.split(f"{COMMON} {shared} {rows[name]}")]
 
 
 def slug(name):
@@ -97,7 +108,7 @@ def run_row(group, name, data_dir, runs):
     folder = runs / group / slug(name)
     if (folder / "summary.json").exists():
         return folder
-    command = [sys.executable, "multitask_classifier.py", *flags_of(group, name), "--run_dir", str(folder)]
+    command = [sys.executable, *command_of(group, name), "--run_dir", str(folder)]
     if data_dir:
         command += ["--data_dir", data_dir]
     if (folder / "config.json").exists():
@@ -111,7 +122,11 @@ def run_row(group, name, data_dir, runs):
 
 def same_flags(group, name, config):
     """Whether a finished run was trained with the flags that its row has now."""
-    flags = parse_flags(flags_of(group, name))[0]
+    script, *given = command_of(group, name)
+    if script == f"{PEER}.py":
+        flags = vars(peer.make_parser().parse_args([*given, "--run_dir", ""]))
+    else:
+        flags = parse_flags(given)[0]
     return all(flags[key] == value for key, value in config["flags"].items() if key in flags and key not in FREE_FLAGS)
 
 
@@ -122,7 +137,7 @@ def read_row(group, name, folder):
     config, summary = (json.loads((folder / file).read_text()) for file in ("config.json", "summary.json"))
     if not same_flags(group, name, config):
         return None
-    row = {"name": name, "flags": " ".join(flags_of(group, name)), "commit": config["commit"]}
+    row = {"name": name, "command": " ".join(command_of(group, name)), "commit": config["commit"]}
     row |= {key: config[key] for key in ("device", "threads", "torch", "data")}
     row |= {"weights": config["weights"]["sha256"], "seed": config["flags"]["seed"]}
     for key in ("best", "last"):
@@ -131,6 +146,34 @@ def read_row(group, name, folder):
             row[key][task] = metrics.get("pearson", metrics.get("accuracy"))
     keep = ("phase_norms", "steps", "train_seconds", "eval_seconds", "positive_rate", "peak_mib", "exits")
     return row | {key: summary.get(key) for key in keep}
+
+
+def read_predictions(folder, task):
+    """A run's dev predictions of one task, in the course's format: {id: value}."""
+    lines = (folder / "predictions" / f"{task.name}-dev-output.csv").read_text().splitlines()[1:]
+    return {key.strip(): float(value) for key, value in (line.split(",") for line in lines)}
+
+
+def read_labels(folder, task):
+    """The dev labels of one task, from the readable predictions: {id: label}."""
+    with open(folder / "predictions" / f"{task.name}-dev-readable.csv", newline="", encoding="utf-8") as file:
+        return {row["id"]: float(row["gold"]) for row in csv.DictReader(file) if row["gold"]}
+
+
+def compare_runs(first, second):
+    """The first run's norm against the second's by paired bootstrap, both at their best epoch."""
+    parts = []
+    for task in build_tasks().values():
+        labels = read_labels(first, task)
+        values = [read_predictions(folder, task) for folder in (first, second)]
+        columns = (np.array([found[key] for key in labels]) for found in (*values, labels))
+
+        def metric(predicted, gold, task=task):
+            return normalise(task, METRICS[task.metric](predicted, gold))
+
+        parts.append((*columns, metric))
+    difference, (low, high), not_better = paired_bootstrap(parts)
+    return {"difference": difference, "low": low, "high": high, "not_better": not_better}
 
 
 def table(group, rows):
@@ -151,6 +194,12 @@ def table(group, rows):
         f"commits {', '.join(commits)}. Seconds are those of a shared machine: no benchmark."
     ]
     for row in rows:
+        if found := row.get("against_peer"):
+            notes.append(
+                f"{row['name']} against transformers, norm of the best epochs, paired bootstrap over the dev rows: "
+                f"{found['difference']:+.4f} (95% {found['low']:+.4f} to {found['high']:+.4f}; not better in "
+                f"{found['not_better']:.1%} of 10,000 resamples)."
+            )
         if row["exits"]:
             norms, layers = row["exits"]["other_half_norm"], row["exits"]["other_half_layers"]
             notes.append(
@@ -189,7 +238,7 @@ def main(argv=None):
         if args.only and name not in args.only:
             continue
         if args.list:
-            print(f"{name}: multitask_classifier.py {' '.join(flags_of(args.group, name))}")
+            print(f"{name}: {' '.join(command_of(args.group, name))}")
             continue
         folder = args.runs / args.group / slug(name)
         if not args.collect:
@@ -197,6 +246,9 @@ def main(argv=None):
         row = folder and read_row(args.group, name, folder)
         if row:
             rows.append(row)
+            other = args.runs / args.group / "transformers"
+            if name.startswith("finetune") and (other / "summary.json").exists():
+                row["against_peer"] = compare_runs(folder, other)
         else:
             print(f"no result: {name}")
     if rows and not args.only:

@@ -651,6 +651,7 @@ def train(parts, folder, state=None):
 
 # --- the parts of a run ----------------------------------------------------------------------------------------------
 
+
 def choose_device(use_gpu):
     """The device to train on; a warning where a GPU is wanted and there is none."""
     if use_gpu:

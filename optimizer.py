@@ -156,9 +156,7 @@ class AdamW(BlockOptimizer):
         if group["correct_bias"]:
             step_size *= math.sqrt(1 - beta2**step) / (1 - beta1**step)
         decay = group["lr"] * group["weight_decay"]
-        return partial(
-            update_adamw, beta1=beta1, beta2=beta2, eps=group["eps"], step_size=step_size, decay=decay
-        )
+        return partial(update_adamw, beta1=beta1, beta2=beta2, eps=group["eps"], step_size=step_size, decay=decay)
 
 
 class RMSprop(BlockOptimizer):

@@ -300,10 +300,7 @@ class BertTokenizer:
             columns["token_type_ids"].append(types + [0] * fill)
         if not padding:
             return columns
-        return {
-            name: torch.tensor(values, dtype=torch.long).view(len(rows), width)
-            for name, values in columns.items()
-        }
+        return {name: torch.tensor(values, dtype=torch.long).view(len(rows), width) for name, values in columns.items()}
 
     def decode(self, ids, skip_special_tokens=True):
         """Join ids into text: pieces to their word, words by spaces, none before a full stop, comma, ? or !.

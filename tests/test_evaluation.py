@@ -57,9 +57,7 @@ class FakeModel(nn.Module):
     def forward(self, batch, exits=None):
         self.modes.append((self.training, torch.is_grad_enabled()))
         self.widths.append([segment[0].shape[1] for segment in batch.segments])
-        logits = sum(
-            (self.weight[input_ids] * mask.unsqueeze(-1)).sum(1) for input_ids, mask, _ in batch.segments
-        )
+        logits = sum((self.weight[input_ids] * mask.unsqueeze(-1)).sum(1) for input_ids, mask, _ in batch.segments)
         return SimpleNamespace(logits={1: torch.zeros_like(logits), 2: self.dropout(logits)})
 
 
@@ -84,10 +82,7 @@ def make_data(tmp_path):
 
 def random_rows(columns, labels, seed=0):
     generator = rng(seed)
-    texts = [
-        [" ".join(generator.choice(list("abcde"), generator.integers(1, 15))) for _ in columns]
-        for _ in labels
-    ]
+    texts = [[" ".join(generator.choice(list("abcde"), generator.integers(1, 15))) for _ in columns] for _ in labels]
     return [(*text, label) for text, label in zip(texts, labels, strict=True)]
 
 
@@ -108,13 +103,9 @@ def test_classification_metrics_equal_scikit_learn(classes):
     labels, values = rng(0).integers(0, classes, 300), rng(1).integers(0, classes, 300)
     labels[:150] = values[:150]
     confusion = confusion_matrix(values, labels, classes)
-    assert accuracy(values, labels) == pytest.approx(
-        sklearn.metrics.accuracy_score(labels, values), rel=1e-12
-    )
+    assert accuracy(values, labels) == pytest.approx(sklearn.metrics.accuracy_score(labels, values), rel=1e-12)
     assert np.array_equal(confusion, sklearn.metrics.confusion_matrix(labels, values))
-    assert macro_f1(confusion) == pytest.approx(
-        sklearn.metrics.f1_score(labels, values, average="macro"), rel=1e-12
-    )
+    assert macro_f1(confusion) == pytest.approx(sklearn.metrics.f1_score(labels, values, average="macro"), rel=1e-12)
 
 
 def test_macro_f1_of_classes_that_do_not_occur_equals_scikit_learn():
@@ -232,9 +223,7 @@ def test_raw_and_norm_of_published_rows(sst, para, sts, raw, norm):
     metrics = {"sst": {"accuracy": sst}, "para": {"accuracy": para}, "sts": {"pearson": sts}}
     found = summarise(TASKS, metrics, ["a warning"])
     assert (found.raw, found.norm) == pytest.approx((raw, norm), abs=0.001)
-    assert (found.raw, found.norm) == pytest.approx(
-        ((sst + para + sts) / 3, (sst + para + sts / 2 + 0.5) / 3)
-    )
+    assert (found.raw, found.norm) == pytest.approx(((sst + para + sts) / 3, (sst + para + sts / 2 + 0.5) / 3))
     assert found.tasks is metrics
     assert found.warnings == ["a warning"]
 
@@ -256,9 +245,7 @@ def test_predictions_come_in_the_order_of_the_rows_at_every_batch_size(make_data
     for batch_size in (1, 4, 23, 64):
         found = predict(model, data, batch_size=batch_size)
         np.testing.assert_allclose(found.outputs, one_by_one.numpy(), rtol=1e-5, atol=1e-5)
-        np.testing.assert_allclose(
-            found.values, one_by_one.squeeze(-1).clamp(0, 5).numpy(), rtol=1e-5, atol=1e-5
-        )
+        np.testing.assert_allclose(found.values, one_by_one.squeeze(-1).clamp(0, 5).numpy(), rtol=1e-5, atol=1e-5)
         assert found.rows.tolist() == list(range(23))
         assert found.exits.tolist() == [2] * 23
         assert found.probabilities is None
@@ -383,9 +370,7 @@ def test_a_fitted_threshold_decodes_as_it_was_fitted():
     assert plain.min() == 1
     fitted = task.decode(logits, fit_threshold(probabilities[:, 1].numpy(), labels))[0].numpy()
     assert accuracy(fitted, labels) > 0.95
-    assert accuracy(fitted, labels) == pytest.approx(
-        max(accuracy(cosines > t, labels) for t in np.sort(cosines))
-    )
+    assert accuracy(fitted, labels) == pytest.approx(max(accuracy(cosines > t, labels) for t in np.sort(cosines)))
 
 
 # --- paired bootstrap ---------------------------------------------------------------------------------------
@@ -393,7 +378,7 @@ def test_a_fitted_threshold_decodes_as_it_was_fitted():
 
 def test_bootstrap_of_identical_predictions_is_exactly_zero():
     values, labels = rng(0).integers(0, 2, 100), rng(1).integers(0, 2, 100)
-    difference, interval, not_better = paired_bootstrap(values, values.copy(), labels, accuracy, samples=200)
+    difference, interval, not_better = paired_bootstrap([(values, values.copy(), labels, accuracy)], samples=200)
     assert (difference, interval, not_better) == (0.0, (0.0, 0.0), 1.0)
 
 
@@ -401,31 +386,44 @@ def test_bootstrap_of_a_clearly_better_model_and_of_the_reverse():
     """.9 against .5 of 400 rows, each pair of errors independent: the standard error is about .03."""
     labels = np.zeros(400)
     good, bad = (rng(0).random(400) < 0.1).astype(float), (rng(1).random(400) < 0.5).astype(float)
-    difference, (low, high), not_better = paired_bootstrap(good, bad, labels, accuracy, samples=1000)
+    difference, (low, high), not_better = paired_bootstrap([(good, bad, labels, accuracy)], samples=1000)
     assert difference == pytest.approx(accuracy(good, labels) - accuracy(bad, labels))
     assert 0.2 < low < difference < high < 0.6
     assert not_better == 0.0
     # the rows of both are drawn together: the interval is that of the paired differences
     error = ((good == labels).astype(float) - (bad == labels)).std() / 20
     assert high - low == pytest.approx(2 * 1.96 * error, rel=0.1)
-    reverse, _, not_better = paired_bootstrap(bad, good, labels, accuracy, samples=1000)
+    reverse, _, not_better = paired_bootstrap([(bad, good, labels, accuracy)], samples=1000)
     assert (reverse, not_better) == (-difference, 1.0)
 
 
 def test_bootstrap_is_seeded_and_takes_any_metric():
     labels = rng(0).uniform(0, 5, 60)
     first, second = labels + rng(1).normal(size=60), labels + rng(2).normal(0, 3, 60)
-    found = paired_bootstrap(first, second, labels, pearson, samples=100, seed=4)
-    assert found == paired_bootstrap(first, second, labels, pearson, samples=100, seed=4)
-    assert found[1] != paired_bootstrap(first, second, labels, pearson, samples=100, seed=5)[1]
+    found = paired_bootstrap([(first, second, labels, pearson)], samples=100, seed=4)
+    assert found == paired_bootstrap([(first, second, labels, pearson)], samples=100, seed=4)
+    assert found[1] != paired_bootstrap([(first, second, labels, pearson)], samples=100, seed=5)[1]
     assert found[1][0] > 0
+
+
+def test_bootstrap_of_several_tasks_is_that_of_the_mean():
+    """The rows of each task are drawn on their own: the variances of the two halves add up."""
+    labels = np.zeros(400)
+    good, bad = (rng(0).random(400) < 0.1).astype(float), (rng(1).random(400) < 0.5).astype(float)
+    part = (good, bad, labels, accuracy)
+    one, (low, high), _ = paired_bootstrap([part], samples=1000)
+    both, (lower, higher), not_better = paired_bootstrap([part, part], samples=1000)
+    assert both == pytest.approx(one) and not_better == 0.0
+    assert higher - lower == pytest.approx((high - low) / np.sqrt(2), rel=0.1)
+    mixed, _, _ = paired_bootstrap([part, (bad, good, labels, accuracy)], samples=10)
+    assert mixed == pytest.approx(0)
 
 
 def test_bootstrap_needs_no_memory_for_all_draws_at_once():
     """40,000 rows times 10,000 resamples would be 3.2 GB of row numbers."""
     labels = np.zeros(40_000)
     tracemalloc.start()
-    paired_bootstrap(labels, labels, labels, accuracy, samples=20)
+    paired_bootstrap([(labels, labels, labels, accuracy)], samples=20)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 20 * labels.nbytes / 4

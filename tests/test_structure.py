@@ -40,8 +40,8 @@ MAY_IMPORT = {
     "runs": ("errors", "files", "parallel"),
     "multitask_classifier": LOOP,
     "predict": (*LOOP, "multitask_classifier"),
-    "experiments": (*LOOP, "multitask_classifier"),
     "peer": LOOP,
+    "experiments": (*LOOP, "multitask_classifier", "peer"),
     "benchmark": (*LOOP, "multitask_classifier", "peer"),
 }
 README = ROOT / "README.md"
