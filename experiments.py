@@ -80,11 +80,35 @@ GROUPS = {
             "cls pooling": "--pooling cls",
         },
     ),
+    # one default at a time against others, in runs as short as those of the methods
+    "defaults": (
+        "--epochs 1 --epoch_size 0.1 --batch_size 16 --seed 1 --pooling mean",
+        {
+            "AdamW, lr 1e-4": "--lr 1e-4",
+            "AdamW, lr 5e-5": "--lr 5e-5",
+            "AdamW, lr 2e-4": "--lr 2e-4",
+            "AdamW, lr 4e-4": "--lr 4e-4",
+            "SGD, lr 0.02": "--optimizer sgd --lr 0.02",
+            "SGD, lr 0.1": "--optimizer sgd --lr 0.1",
+            "SGD, lr 0.3": "--optimizer sgd --lr 0.3",
+            "RMSprop, lr 5e-5": "--optimizer rmsprop --lr 5e-5",
+            "RMSprop, lr 1e-4": "--optimizer rmsprop --lr 1e-4",
+            "RMSprop, lr 2e-4": "--optimizer rmsprop --lr 2e-4",
+            "Houlsby adapter, lr 1e-3": "--adapter houlsby --lr 1e-3",
+            "Houlsby adapter, lr 4e-3": "--adapter houlsby --lr 4e-3",
+            "no warm-up": "--warmup 0",
+            "no clipping": "--clip 0",
+            "constant learning rate": "--schedule constant",
+            "cosine schedule": "--schedule cosine",
+            "no weight decay": "--weight_decay 0",
+        },
+    ),
     "exits": (
         "--batch_size 16 --seed 1",
         {
             "SLF + early exit": "--slf --early_exit --epochs 2 --slf_epochs 0.1",
             "early exit, siamese, mean pooling": "--early_exit --pairs siamese --pooling mean --epochs 1",
+            "early exit, mean pooling": "--early_exit --pooling mean --epochs 3",
         },
     ),
 }

@@ -72,13 +72,13 @@ from tasks import build_tasks, widen
 from tokenizer import BertTokenizer
 
 OPTIMIZERS = {"adamw": AdamW, "rmsprop": RMSprop, "sgd": SGD}
-# learning rates that train, by optimiser and by what is trained; a BERT of at most SMALL hidden units takes more.
-# Measured with the small default weights (README, "Defaults by measurement"); for larger ones, the papers' range.
+# learning rates that train: by optimiser and by what is trained, for a BERT of at most SMALL hidden units and for a
+# larger one. Measured with the small default weights (README, "Defaults by measurement"); the others are the papers'.
 SMALL = 512
 LEARNING_RATES = {
-    "adamw": {"small": 1e-4, "finetune": 2e-5, "pretrain": 1e-3, "adapter": 3e-4},
-    "rmsprop": {"small": 5e-5, "finetune": 1e-5, "pretrain": 1e-3, "adapter": 3e-4},
-    "sgd": {"small": 2e-2, "finetune": 1e-2, "pretrain": 1e-1, "adapter": 1e-1},
+    "adamw": {"finetune": (1e-4, 2e-5), "pretrain": (1e-3, 1e-3), "adapter": (2e-3, 3e-4)},
+    "rmsprop": {"finetune": (5e-5, 1e-5), "pretrain": (1e-3, 1e-3), "adapter": (2e-3, 3e-4)},
+    "sgd": {"finetune": (2e-2, 1e-2), "pretrain": (1e-1, 1e-1), "adapter": (1e-1, 1e-1)},
 }
 # room for the special tokens of any pair encoding and one word
 SHORTEST = 5
@@ -744,13 +744,13 @@ def build_model(flags, tasks, bert):
     return MultitaskBERT(bert, tasks, dropout, flags["pooling"], exits, adapters, init)
 
 
-def build_trainable(flags, hidden_size):
+def build_trainable(flags):
     """What the run may train at all, as (row of LEARNING_RATES, function of a parameter's name)."""
     if flags["option"] == "pretrain":
         return "pretrain", lambda name: not name.startswith("bert.")
     if flags["adapter"] != ["none"] and not flags["train_backbone"]:
         return "adapter", lambda name: trained_with(name, flags["adapter"])
-    return "small" if hidden_size <= SMALL else "finetune", lambda name: True
+    return "finetune", lambda name: True
 
 
 def build_terms(flags, model):
@@ -813,12 +813,13 @@ def build_exit_settings(flags, tasks):
 def build(flags, model, data, device):
     """Fill the loop's slots: with its helpers above, the only place that decides by flags."""
     precision = make_precision(flags["precision"], device)
-    trained_set, may_train = build_trainable(flags, model.bert.config.hidden_size)
+    trained_set, may_train = build_trainable(flags)
     if trained_set == "pretrain" and not has_exits(flags) and flags["smart"] is None:
         for splits in data.values():
             for dataset in splits.values():
                 cache_features(model, dataset, flags["eval_batch_size"], precision)
-    learning_rate = flags["lr"] or LEARNING_RATES[flags["optimizer"]][trained_set]
+    for_small, for_large = LEARNING_RATES[flags["optimizer"]][trained_set]
+    learning_rate = flags["lr"] or (for_small if model.bert.config.hidden_size <= SMALL else for_large)
 
     def make_optimizer(parameters):
         groups = parameter_groups(parameters.items(), flags["weight_decay"])
@@ -929,7 +930,11 @@ def evaluate_run(flags, given):
     run = load_run(flags["run_dir"], device, changed)
     if given & set(EXIT_FLAGS) and not run.flags["early_exit"]:
         raise InputError(f"{flags['run_dir']}: was trained without --early_exit: it has no exits to leave by")
-    data, _ = read_data(run.flags, run.model.tasks, run.tokenizer)
+    data, files = read_data(run.flags, run.model.tasks, run.tokenizer)
+    before = RunFolder(flags["run_dir"]).config()["data"]
+    for name, path in files.items():
+        if before.get(name) != sha256(path):
+            print(f"note: {path} is not the {name} of the training run: do not compare its scores with that run's")
     parts = build(run.flags | {"option": "finetune"}, run.model, data, device)
     folder = Path(flags["run_dir"]) / "evaluate"
     if levels:
