@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from early_exit import ExitInference, choose_threshold, halves, layer_scores, scores_at
+from early_exit import ExitInference, choose_thresholds, halves, layer_scores, scores_at
 from evaluation import METRICS, evaluate, full_depth, normalise, predict, predict_exits, sweep, write_predictions
 from plots import plot_confusion, plot_exits, plot_layer_scores, plot_sweep, write_csv
 
@@ -47,15 +47,18 @@ def choose_exits(datasets, exits, settings):
 
     Returns ({task: threshold}, {"full": {task: score}, "exit": {task: score}, "mean_layers": {task: layers}}).
     """
-    thresholds, other = {}, {"full": {}, "exit": {}, "mean_layers": {}}
-    for name, data in datasets.items():
-        policy, metric = settings.policies[name], METRICS[data.task.metric]
-        chosen_on, reported_on = (exits[name].take(half) for half in halves(len(exits[name].rows)))
-        thresholds[name] = settings.thresholds[name]
-        if thresholds[name] is None:
-            thresholds[name] = choose_threshold(chosen_on, policy, metric, settings.loss)
-        found = scores_at(reported_on, policy, thresholds[name], metric)
-        other["full"][name] = float(layer_scores(reported_on, metric)[-1])
+    parts = {name: [found.take(half) for half in halves(len(found.rows))] for name, found in exits.items()}
+    metrics = {name: METRICS[data.task.metric] for name, data in datasets.items()}
+
+    def scaled(name):
+        return lambda values, labels: normalise(datasets[name].task, metrics[name](values, labels))
+
+    unknown = {name: parts[name][0] for name, given in settings.thresholds.items() if given is None}
+    chosen = choose_thresholds(unknown, settings.policies, {name: scaled(name) for name in unknown}, settings.loss)
+    thresholds, other = settings.thresholds | chosen, {"full": {}, "exit": {}, "mean_layers": {}}
+    for name, (_, reported_on) in parts.items():
+        found = scores_at(reported_on, settings.policies[name], thresholds[name], metrics[name])
+        other["full"][name] = float(layer_scores(reported_on, metrics[name])[-1])
         other["exit"][name], other["mean_layers"][name] = found.score, found.mean_layers
     return thresholds, other
 

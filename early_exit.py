@@ -33,8 +33,10 @@ FULL_DEPTH = 1.01
 # batches whose survivors are cut anew after every layer: more fill the deep batches better, but join rows of more
 # unequal length (more padding) and need more memory
 POOLED_BATCHES = 4
-# the candidates of choose_threshold split the certainties into this many equal parts
-CANDIDATES = 200
+# the candidates for a threshold split the certainties into this many equal parts: more fit the noise of half a dev set
+CANDIDATES = 50
+# what a layer may cost, in units of the score, from dear to cheap
+PRICES = (*np.geomspace(1.0, 1e-6, 200), 0.0)
 
 
 # --- the modules and their loss -----------------------------------------------------------------------------------
@@ -312,15 +314,29 @@ def halves(n, seed=0):
     return np.sort(order[: n // 2]), np.sort(order[n // 2 :])
 
 
-def choose_threshold(exits, policy, metric, loss=0.01):
-    """The threshold with the fewest layers whose score is at least (1 - loss) of the full depth's.
+def candidates(exits, policy, metric):
+    """Thresholds to choose from, the lowest first: quantiles of the certainties, and full depth.
 
-    Candidates are quantiles of the certainties, and full depth. Give it one of the `halves` and report the other.
+    Shapes: thresholds, scores, mean layers, each [n].
     """
-    certainty = exits.certainty(policy)
-    floor = layer_scores(exits, metric)[-1]
-    floor -= loss * abs(floor)
-    candidates = np.unique(np.quantile(certainty[:, :-1], np.linspace(0, 1, CANDIDATES + 1)))
-    scored = [(scores_at(exits, policy, t, metric), float(t)) for t in (*candidates, FULL_DEPTH)]
-    allowed = [(found.mean_layers, -found.score, t) for found, t in scored if found.score >= floor]
-    return min(allowed)[-1]
+    certainty = exits.certainty(policy)[:, :-1]
+    thresholds = (*np.unique(np.quantile(certainty, np.linspace(0, 1, CANDIDATES + 1))), FULL_DEPTH)
+    found = [scores_at(exits, policy, t, metric) for t in thresholds]
+    return np.array(thresholds), np.array([x.score for x in found]), np.array([x.mean_layers for x in found])
+
+
+def choose_thresholds(exits, policies, metrics, loss=0.01):
+    """Thresholds of all tasks with few layers whose mean score is at least (1 - loss) of the full depth's.
+
+    Every task takes the candidate with the largest score - price * layers, and the price is the highest one that costs
+    no more than the loss. So all tasks pay the same score for a layer: one with good early exits saves more.
+    `exits`, `policies`, `metrics`: {task: ...}, the metrics on a scale from 0 to 1. Give it one of the `halves` and
+    report the other. Returns {task: threshold}.
+    """
+    offers = {name: candidates(found, policies[name], metrics[name]) for name, found in exits.items()}
+    floor = (1 - loss) * sum(layer_scores(found, metrics[name])[-1] for name, found in exits.items())
+    for price in PRICES:
+        chosen = {name: int(np.argmax(scores - price * layers)) for name, (_, scores, layers) in offers.items()}
+        if sum(offers[name][1][k] for name, k in chosen.items()) >= floor:
+            break
+    return {name: float(offers[name][0][k]) for name, k in chosen.items()}

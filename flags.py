@@ -164,7 +164,7 @@ def make_parser():
                        "with --option evaluate also a list to sweep, .5,.9,.99")
     exits.add_argument("--lte_threshold", type=at_least_zero, help="threshold of the tasks that leave by LTE")
     exits.add_argument("--exit_quality", type=share, default=0.01, metavar="LOSS",
-                       help="share of a task's dev score that auto thresholds may lose")
+                       help="share of the mean dev score that auto thresholds may lose")
     exits.add_argument("--exit_loss", choices=EXIT_LOSSES, default="joint", help="how the exits are trained")
     exits.add_argument("--slf", action="store_true", help="Sequential Layer Focus: layer by layer, then all together")
     exits.add_argument("--slf_epochs", type=positive, default=0.25, help="epochs per layer in stage 1 of --slf")

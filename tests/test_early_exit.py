@@ -17,7 +17,7 @@ from early_exit import (
     LTELoss,
     certainty_target,
     choose_policies,
-    choose_threshold,
+    choose_thresholds,
     every_exit,
     exit_weights,
     first_exit,
@@ -279,26 +279,45 @@ def test_scores_at_thresholds_by_hand():
     assert layer_scores(exits, accuracy).tolist() == [0.25, 0.75, 1.0]
 
 
+def scores_of(exits, threshold):
+    """Accuracy and mean layers at a threshold."""
+    found = scores_at(exits, "confidence", threshold, METRICS["accuracy"])
+    return found.score, found.mean_layers
+
+
+def choose_one(exits, **how):
+    """The threshold of one task alone."""
+    return choose_thresholds({"a": exits}, {"a": "confidence"}, {"a": METRICS["accuracy"]}, **how)["a"]
+
+
 def test_the_chosen_threshold_is_the_lowest_that_loses_little_enough():
     """Of ten rows that are right at exit 2, those with confidence .1 and .2 are wrong at exit 1."""
     confidence = np.stack([np.arange(1, 11) / 10, np.ones(10)], axis=1)
     values = np.ones((10, 2))
     values[:2, 0] = 0
     exits = hand_made(confidence, values, np.ones(10))
-    accuracy = METRICS["accuracy"]
-    for loss, score, layers in [(0.0, 1.0, 1.2), (0.1, 0.9, 1.1), (0.2, 0.8, 1.0)]:
-        threshold = choose_threshold(exits, "confidence", accuracy, loss)
-        found = scores_at(exits, "confidence", threshold, accuracy)
-        assert (found.score, found.mean_layers) == (score, layers)
-        assert threshold == choose_threshold(exits, "confidence", accuracy, loss)
+    # a row that is wrong costs as much score as its layer saves: at a price of 1 leaving all of them is worth it
+    for loss, expected in [(0.0, (1.0, 1.2)), (0.2, (0.8, 1.0))]:
+        assert scores_of(exits, choose_one(exits, loss=loss)) == expected
+    assert choose_one(exits, loss=0.0) == choose_one(exits, loss=0.0)
     # nothing but the last exit is good enough
     useless = hand_made(confidence, np.stack([np.zeros(10), np.ones(10)], axis=1), np.ones(10))
-    threshold = choose_threshold(useless, "confidence", accuracy)
-    assert scores_at(useless, "confidence", threshold, accuracy).mean_layers == 2.0
-    # a negative correlation at full depth may get worse, but by no more than its share
-    regression = hand_made(confidence, np.stack([np.arange(10), -np.arange(10)], axis=1), np.arange(10))
-    threshold = choose_threshold(regression, "lte", METRICS["pearson"])
-    assert scores_at(regression, "lte", threshold, METRICS["pearson"]).mean_layers == 1.0
+    assert scores_of(useless, choose_one(useless)) == (1.0, 2.0)
+
+
+def test_thresholds_are_chosen_together():
+    """At exit 1 task a is always right, b in half of its rows: a leaves early, b does not, within the common loss."""
+    confidence, labels = np.stack([np.full(10, 0.6), np.ones(10)], axis=1), np.ones(10)
+    half_right = np.stack([np.arange(10) % 2, np.ones(10)], axis=1)
+    exits = {"a": hand_made(confidence, np.ones((10, 2)), labels), "b": hand_made(confidence, half_right, labels)}
+    policies, metrics = dict.fromkeys("ab", "confidence"), dict.fromkeys("ab", METRICS["accuracy"])
+    chosen = choose_thresholds(exits, policies, metrics)
+    assert scores_of(exits["a"], chosen["a"]) == (1.0, 1.0)
+    assert scores_of(exits["b"], chosen["b"]) == (1.0, 2.0)
+    # half of b is a quarter of the sum
+    chosen = choose_thresholds(exits, policies, metrics, loss=0.25)
+    assert scores_of(exits["b"], chosen["b"]) == (0.5, 1.0)
+    assert choose_thresholds({}, {}, {}) == {}
 
 
 def test_halves_are_disjoint_seeded_and_complete():
