@@ -155,9 +155,7 @@ def test_test_files_have_an_extra_column_and_no_labels(read):
 
 
 def test_doubled_quotes_tabs_and_line_ends_inside_quotes(read):
-    data = read(
-        '\tid\tsentence\tsentiment\n0\tone\t"a ""b"" c"\t1\n1\ttwo\t"a\tb\nc"\t2\n2\tthree\td "e\t3\n'
-    )
+    data = read('\tid\tsentence\tsentiment\n0\tone\t"a ""b"" c"\t1\n1\ttwo\t"a\tb\nc"\t2\n2\tthree\td "e\t3\n')
     assert [data.text(i)[0] for i in range(3)] == ['a "b" c', "a\tb\nc", 'd "e']
     assert data.tokens[0][0].tolist() == [A, QUOTE, B, QUOTE, C]
     assert data.labels.tolist() == [1.0, 2.0, 3.0]
@@ -225,23 +223,13 @@ GOOD = "\tid\tsentence\tsentiment\n0\tone\ta\t1\n"
             ["line 1", "no column sentiment", "'sentence'"],
             id="no label column",
         ),
-        pytest.param(
-            "\tid\ttext\tsentiment\n0\tone\ta\t1\n", ["line 1", "no column sentence", "'text'"], id="no text"
-        ),
+        pytest.param("\tid\ttext\tsentiment\n0\tone\ta\t1\n", ["line 1", "no column sentence", "'text'"], id="no text"),
         pytest.param("\tsentence\tsentiment\n0\ta\t1\n", ["line 1", "no column id"], id="no id column"),
-        pytest.param(
-            GOOD.replace("\t", ","), ["line 1", "separated by tabs", "',id,sentence,sentiment'"], id="commas"
-        ),
-        pytest.param(
-            GOOD + "1\ttwo\tb\t5\n", ["line 3", "sentiment '5'", "whole number from 0 to 4"], id="too high"
-        ),
+        pytest.param(GOOD.replace("\t", ","), ["line 1", "separated by tabs", "',id,sentence,sentiment'"], id="commas"),
+        pytest.param(GOOD + "1\ttwo\tb\t5\n", ["line 3", "sentiment '5'", "whole number from 0 to 4"], id="too high"),
         pytest.param(GOOD + "1\ttwo\tb\t-1\n", ["line 3", "sentiment '-1'", "from 0 to 4"], id="too low"),
-        pytest.param(
-            GOOD + "1\ttwo\tb\tgood\n", ["line 3", "sentiment 'good'", "whole number"], id="not a number"
-        ),
-        pytest.param(
-            GOOD + "1\ttwo\tb\t2.5\n", ["line 3", "sentiment '2.5'", "whole number"], id="a fraction"
-        ),
+        pytest.param(GOOD + "1\ttwo\tb\tgood\n", ["line 3", "sentiment 'good'", "whole number"], id="not a number"),
+        pytest.param(GOOD + "1\ttwo\tb\t2.5\n", ["line 3", "sentiment '2.5'", "whole number"], id="a fraction"),
         pytest.param(GOOD + "1\ttwo\tb\tnan\n", ["line 3", "sentiment 'nan'"], id="nan"),
         pytest.param(GOOD + "1\ttwo\tb\tinf\n", ["line 3", "sentiment 'inf'"], id="infinity"),
         pytest.param("", ["empty"], id="empty"),
@@ -257,12 +245,8 @@ GOOD = "\tid\tsentence\tsentiment\n0\tone\ta\t1\n"
             ["line 3", r"b'\xff'"],
             id="UTF-8 after a mark",
         ),
-        pytest.param(
-            GOOD + "1\ttwo\tb\n", ["line 3", "3 fields", "header has 4", "two b"], id="a field too few"
-        ),
-        pytest.param(
-            GOOD + "1\ttwo\tb\tc\t2\n", ["line 3", "5 fields", "header has 4"], id="a field too many"
-        ),
+        pytest.param(GOOD + "1\ttwo\tb\n", ["line 3", "3 fields", "header has 4", "two b"], id="a field too few"),
+        pytest.param(GOOD + "1\ttwo\tb\tc\t2\n", ["line 3", "5 fields", "header has 4"], id="a field too many"),
         pytest.param(GOOD + '1\ttwo\t"b\t2\n2\tthree\tc\t2\n', ["line 3", "quotes"], id="quote left open"),
         pytest.param(GOOD + '1\ttwo\t"b" c\t2\n', ["line 3", "quotes"], id="text after a closing quote"),
         pytest.param(
@@ -299,13 +283,9 @@ def test_similarity_labels_out_of_range_are_refused(read):
 
 
 def test_paraphrase_labels_are_zero_or_one(read):
-    assert read(
-        pair_file(("a", "b", "0.0"), ("a", "b", "1"), column="is_duplicate"), "para"
-    ).labels.tolist() == [0, 1]
+    assert read(pair_file(("a", "b", "0.0"), ("a", "b", "1"), column="is_duplicate"), "para").labels.tolist() == [0, 1]
     for value in ("0.5", "2.0"):
-        with pytest.raises(
-            InputError, match=rf"line 2: is_duplicate '{value}' is not a whole number from 0 to 1"
-        ):
+        with pytest.raises(InputError, match=rf"line 2: is_duplicate '{value}' is not a whole number from 0 to 1"):
             read(pair_file(("a", "b", value), column="is_duplicate"), "para")
 
 
@@ -483,9 +463,7 @@ def rng(seed=0):
     return np.random.default_rng(seed)
 
 
-@pytest.mark.parametrize(
-    "n, batch_size, pool", [(1000, 8, 32), (1003, 8, 4), (5, 8, 32), (64, 8, 1), (1, 1, 1)]
-)
+@pytest.mark.parametrize("n, batch_size, pool", [(1000, 8, 32), (1003, 8, 4), (5, 8, 32), (64, 8, 1), (1, 1, 1)])
 def test_bucketed_batches_hold_every_position_once_and_one_is_short(n, batch_size, pool):
     batches = bucketed_batches(rng(1).integers(3, 60, n), batch_size, rng(), pool)
     assert sorted(np.concatenate(batches).tolist()) == list(range(n))

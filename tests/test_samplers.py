@@ -63,9 +63,7 @@ def test_equal_never_asks_for_more_rows_than_there_are():
 def test_full_uses_every_row_of_every_task_in_each_epoch():
     for epoch in range(3):
         rows = epoch_rows(SIZES, "full", epoch, 1.0, seed=0)
-        assert {name: sorted(r.tolist()) for name, r in rows.items()} == {
-            n: list(range(s)) for n, s in SIZES.items()
-        }
+        assert {name: sorted(r.tolist()) for name, r in rows.items()} == {n: list(range(s)) for n, s in SIZES.items()}
 
 
 def test_equal_takes_the_next_rows_of_a_permutation_and_reshuffles_when_used_up():

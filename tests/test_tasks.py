@@ -74,9 +74,7 @@ def test_binary_cross_entropy_is_minus_log_probability_of_the_label():
     torch.testing.assert_close(task.loss(logits, labels), expected, rtol=1e-12, atol=1e-12)
     # p = 3/4: -ln 3/4 for label 1, -ln 1/4 for label 0
     logits = torch.full((2, 1), math.log(3), dtype=torch.float64)
-    assert task.loss(logits, torch.tensor([1.0, 0.0])).tolist() == pytest.approx(
-        [math.log(4 / 3), math.log(4)]
-    )
+    assert task.loss(logits, torch.tensor([1.0, 0.0])).tolist() == pytest.approx([math.log(4 / 3), math.log(4)])
 
 
 def test_binary_cross_entropy_is_finite_far_out():
@@ -87,9 +85,7 @@ def test_binary_cross_entropy_is_finite_far_out():
 
 def test_squared_errors_by_hand():
     sts = build_tasks(("sts",))["sts"]
-    assert sts.loss(torch.tensor([[3.0], [5.5]]), torch.tensor([4.2, 5.0])).tolist() == pytest.approx(
-        [1.44, 0.25]
-    )
+    assert sts.loss(torch.tensor([[3.0], [5.5]]), torch.tensor([4.2, 5.0])).tolist() == pytest.approx([1.44, 0.25])
     para = build_tasks(("para",), para_loss="mse")["para"]
     assert para.loss(torch.tensor([[0.25], [2.0]]), torch.tensor([1.0, 1.0])).tolist() == [0.5625, 1.0]
     # cos .5 against 4/5
@@ -111,9 +107,7 @@ def test_cosine_margin_reaches_the_loss():
     """cos .5, label 0: .5 without a margin, .1 with .4, nothing to pay with .6."""
     cosine, label = torch.tensor([[0.5]]), torch.tensor([0.0])
     found = [
-        build_tasks(("para",), SIAMESE, para_loss="cosine", cosine_margin=m)["para"]
-        .loss(cosine, label)
-        .item()
+        build_tasks(("para",), SIAMESE, para_loss="cosine", cosine_margin=m)["para"].loss(cosine, label).item()
         for m in (0.0, 0.4, 0.6)
     ]
     assert found == pytest.approx([0.5, 0.1, 0.0])
@@ -201,9 +195,7 @@ def test_divergences_are_finite_far_out():
 
 
 def test_decode_softmax_takes_the_most_probable_class():
-    values, probabilities = decode_softmax(
-        torch.tensor([[1.0, 3.0, 1.0, 2.0, 1.0], [9.0, 1.0, 1.0, 1.0, 1.0]]).log()
-    )
+    values, probabilities = decode_softmax(torch.tensor([[1.0, 3.0, 1.0, 2.0, 1.0], [9.0, 1.0, 1.0, 1.0, 1.0]]).log())
     assert values.tolist() == [1.0, 0.0]
     assert probabilities[0].tolist() == pytest.approx([0.125, 0.375, 0.125, 0.25, 0.125])
 
