@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import transformers
 
 SIZES = {
     "vocab_size": 40,
@@ -20,6 +19,8 @@ SIZES = {
 
 def main():
     """Draw a model and a padded batch of pairs; store weights, inputs, states, pooled vectors, gradients."""
+    import transformers
+
     torch.manual_seed(0)
     config = transformers.BertConfig(**SIZES, initializer_range=0.3)
     model = transformers.BertModel._from_config(config, attn_implementation="eager").double().eval()

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from make_bert_golden import SIZES as GOLDEN_SIZES
 
 from base_bert import WEIGHTS_FOLDER, BertConfig, hub_name
 from bert import LEVELS, BertModel, Dropout
@@ -162,16 +163,7 @@ def test_golden_values(tmp_path):
     """The file holds a random model of transformers, and its results; tests/make_bert_golden.py wrote it."""
     golden = {name: torch.from_numpy(array) for name, array in np.load(GOLDEN).items()}
     weights = {name.removeprefix("weight."): golden[name] for name in golden if name.startswith("weight.")}
-    sizes = {
-        "vocab_size": 40,
-        "hidden_size": 12,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 3,
-        "intermediate_size": 20,
-        "max_position_embeddings": 16,
-        "type_vocab_size": 2,
-    }
-    BertConfig(**sizes).to_json(tmp_path / "config.json")
+    BertConfig(**GOLDEN_SIZES).to_json(tmp_path / "config.json")
     safetensors.torch.save_file(weights, tmp_path / "model.safetensors")
     model = BertModel.from_pretrained(tmp_path).double().eval()
     states, pooled = run_ours(model, golden["input_ids"], golden["mask"], golden["types"])
