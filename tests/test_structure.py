@@ -97,10 +97,13 @@ def test_a_public_name_has_a_docstring(name):
 
 @pytest.mark.parametrize("name", MODULES)
 def test_pickled_code_is_never_loaded(name):
-    """torch.load appears only with weights_only=True."""
+    """torch.load appears only with weights_only=True, and nothing else that unpickles."""
     for node in ast.walk(ast.parse(MODULES[name].read_text())):
-        if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
-            assert "weights_only=True" in [ast.unparse(keyword) for keyword in node.keywords]
+        if isinstance(node, ast.Call):
+            called, given = ast.unparse(node.func), [ast.unparse(keyword) for keyword in node.keywords]
+            assert called != "torch.load" or "weights_only=True" in given
+            assert called not in ("pickle.load", "pickle.loads", "pickle.Unpickler")
+            assert "allow_pickle=True" not in given
 
 
 def test_readme_names_every_module(readme):
