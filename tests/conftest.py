@@ -1,5 +1,66 @@
-"""What every test shares: one thread, so that the tests of a busy machine stay quick and repeatable."""
+"""What every test shares: one thread, so that the tests of a busy machine stay quick, and the tiny program.
 
+The fixtures import what they need when they are asked for: where the classifier does not work (a student's copy), the
+tests of its parts still run.
+"""
+
+import multiprocessing
+import signal
+
+import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def blank():
+    """Runs leave empty pictures. Gives the real functions: {name: function}."""
+    from tiny import PICTURES, leave_pictures_blank
+
+    import closing
+
+    real = {name: getattr(closing, name) for name in PICTURES}
+    with pytest.MonkeyPatch.context() as patch:
+        leave_pictures_blank(patch)
+        yield real
+
+
+@pytest.fixture
+def draw(blank, monkeypatch):
+    """In this test runs draw their pictures."""
+    import closing
+
+    for name, function in blank.items():
+        monkeypatch.setattr(closing, name, function)
+
+
+@pytest.fixture(scope="session")
+def program(tmp_path_factory, blank):
+    """Weights and data for runs that several tests may read; see tiny.Program."""
+    from tiny import Program
+
+    return Program(tmp_path_factory.mktemp("program"))
+
+
+@pytest.fixture(scope="session")
+def forkserver():
+    """Starts processes that find everything imported: to import it takes longer than to train a tiny model."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["multitask_classifier", "pytest", "scipy.stats", "torch._dynamo"])
+    return context
+
+
+@pytest.fixture(scope="session")
+def kill(program, forkserver):
+    """Run a command in a process that is killed at the n-th call of a function."""
+    from tiny import run_and_kill
+
+    def start(argv, owner, name, at):
+        output = program.folder / "killed.txt"
+        process = forkserver.Process(target=run_and_kill, args=(argv, owner, name, at, output))
+        process.start()
+        process.join(60)
+        assert process.exitcode == -signal.SIGKILL, output.read_text()
+
+    return start

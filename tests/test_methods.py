@@ -1,10 +1,11 @@
 """The extensions together: off is off, on is on, every pair that is not refused trains, and all of it resumes."""
 
+from copy import deepcopy
 from itertools import combinations
 
 import pytest
 import torch
-from test_program import Program, kill, program, weights_of  # noqa: F401  (fixtures)
+from tiny import weights_of
 
 from bert import BertModel
 from errors import InputError
@@ -47,12 +48,13 @@ EXTENSIONS = {
 STARTS_PLAIN = {"two stage", "smart alternating"}
 
 
-@pytest.fixture(scope="session")
-def data_cache():
-    return {}
+@pytest.fixture(scope="module")
+def start(program):
+    """What every run starts from, read once: (tokenizer, BERT, data by how they are read)."""
+    return BertTokenizer.from_pretrained(program.weights), BertModel.from_pretrained(program.weights), {}
 
 
-def first_steps(program, cache, text, steps=2):  # noqa: F811
+def first_steps(program, start, text, steps=2):
     """Weights and losses after the first steps of a run with the given flags.
 
     In the first steps every task has had its turn: random order is replaced by round robin.
@@ -63,12 +65,12 @@ def first_steps(program, cache, text, steps=2):  # noqa: F811
     check_flags(flags, given)
     torch.manual_seed(0)
     tasks = task_table(flags)
-    tokenizer = BertTokenizer.from_pretrained(program.weights)
+    tokenizer, bert, cache = start
     key = (tuple(tasks), tuple(task.encoding for task in tasks.values()), flags["para_loss"], flags["sts_loss"])
     if key not in cache:
         cache[key] = read_data(flags, tasks, tokenizer)[0]
     data = cache[key]
-    model = build_model(flags, tasks, BertModel.from_pretrained(program.weights))
+    model = build_model(flags, tasks, deepcopy(bert))
     parts = build(flags, model, data, torch.device("cpu"))
     phase = next(parts.plan())
     optimizer = parts.make_optimizer(set_trainable(model, phase, parts.may_train))
@@ -86,32 +88,55 @@ def first_steps(program, cache, text, steps=2):  # noqa: F811
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}, torch.stack(terms)
 
 
-@pytest.fixture(scope="session")
-def baseline(program, data_cache):  # noqa: F811
-    return first_steps(program, data_cache, "", steps=3)[0]
+@pytest.fixture(scope="module")
+def baseline(program, start):
+    return first_steps(program, start, "", steps=3)[0]
 
 
 @pytest.mark.parametrize("text", ["--smart --smart_weight 0", "--bregman 0", "--lnsr 0", "--adapter none"])
-def test_off_is_off(program, data_cache, baseline, text):  # noqa: F811
-    weights, _ = first_steps(program, data_cache, text, steps=3)
+def test_off_is_off(program, start, baseline, text):
+    weights, _ = first_steps(program, start, text, steps=3)
     assert weights.keys() == baseline.keys()
     assert all(torch.equal(weights[name], baseline[name]) for name in baseline)
 
 
-@pytest.mark.parametrize("name", EXTENSIONS.keys() - STARTS_PLAIN)
-def test_on_is_on(program, data_cache, baseline, name):  # noqa: F811
-    """After three steps, one of each task, some weight that the baseline has too is another."""
-    weights, _ = first_steps(program, data_cache, EXTENSIONS[name], steps=3)
-    shared = [n for n in baseline if n in weights and weights[n].shape == baseline[n].shape]
-    assert any(not torch.equal(weights[n], baseline[n]) for n in shared)
+@pytest.fixture(scope="module")
+def extended(program, start):
+    """{extension: weights after three steps, one of each task}."""
+    names = [name for name in EXTENSIONS if name not in STARTS_PLAIN]
+    return {name: first_steps(program, start, EXTENSIONS[name], steps=3)[0] for name in names}
 
 
-@pytest.mark.parametrize("pair", list(combinations(EXTENSIONS, 2)), ids=" + ".join)
-def test_every_pair_that_is_not_refused_trains(program, data_cache, pair):  # noqa: F811
+def differ(weights, other):
+    """Whether some weight that both models have is another."""
+    shared = [name for name in weights if name in other and weights[name].shape == other[name].shape]
+    return any(not torch.equal(weights[name], other[name]) for name in shared)
+
+
+def test_on_is_on(baseline, extended):
+    assert [name for name, weights in extended.items() if not differ(weights, baseline)] == []
+
+
+def test_every_extension_does_something_of_its_own(extended):
+    """A variant that is taken for another one (a form, a kind, a task's name) would train the same weights."""
+    assert [pair for pair in combinations(extended, 2) if not differ(*map(extended.get, pair))] == []
+
+
+def overrides(second, first):
+    """Whether all flags of the first extension are set again by the second, which then stands there alone."""
+    flags = [{word for word in EXTENSIONS[name].split() if word.startswith("--")} for name in (first, second)]
+    return flags[0] <= flags[1]
+
+
+PAIRS = [(first, second) for first, second in combinations(EXTENSIONS, 2) if not overrides(second, first)]
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids=" + ".join)
+def test_every_pair_that_is_not_refused_trains(program, start, pair):
     """Two steps with finite losses and weights; what is refused is refused with a sentence, before anything is read."""
     text = " ".join(EXTENSIONS[name] for name in pair)
     try:
-        weights, losses = first_steps(program, data_cache, text)
+        weights, losses = first_steps(program, start, text)
     except InputError as error:
         assert "\n" not in str(error) and str(error).startswith("--")
         return
@@ -126,7 +151,7 @@ EVERYTHING = (
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_everything_together_resumes_bit_for_bit(program, kill, precision):  # noqa: F811
+def test_everything_together_resumes_bit_for_bit(program, kill, precision):
     """Killed within stage 1, at its end and within stage 2, the run ends like one that was never stopped."""
     flags = [*EVERYTHING.split(), "--precision", precision]
     whole = program.train(f"everything-{precision}", *flags)

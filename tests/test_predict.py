@@ -5,28 +5,22 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-from tiny import read_csv, write_data, write_weights
+from tiny import Program, read_csv, refusal, script_refusal
 
-import multitask_classifier
 import predict
-from errors import InputError
 from tasks import build_tasks
 
 SENTIMENTS = ("negative", "somewhat negative", "neutral", "somewhat positive", "positive")
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained(tmp_path_factory, blank):
     """A run, the data it was trained on, and the weights it started from."""
-    folder = tmp_path_factory.mktemp("trained")
-    weights, data = write_weights(folder / "weights"), write_data(folder / "data")
-    flags = f"--weights {weights} --data_dir {data} --run_dir {folder / 'run'} --epochs 2 --batch_size 8 --lr 0.01"
-    assert not multitask_classifier.main([*flags.split(), "--max_length", "40"])
-    return SimpleNamespace(run=folder / "run", data=data, weights=weights)
+    program = Program(tmp_path_factory.mktemp("trained"))
+    program.run = program.train("run", "--lr", 0.01)
+    return program
 
 
 @pytest.fixture
@@ -45,11 +39,7 @@ def ask(trained, capsys, monkeypatch):
 
 def refused(ask, *arguments, stdin=None):
     """The one line with which a question is refused."""
-    with pytest.raises(InputError) as caught:
-        ask(*arguments, stdin=stdin)
-    line = str(caught.value)
-    assert line and "\n" not in line
-    return line
+    return refusal(lambda: ask(*arguments, stdin=stdin))
 
 
 def readable(trained, task, split):
@@ -74,6 +64,20 @@ def test_a_file_gets_the_numbers_of_evaluation(ask, trained, tmp_path, task, spl
     assert list(answers[0]) == list(names)
     assert columns(answers, *names) == columns(expected, *names)
     assert len({row["prediction"] for row in answers} | {row["probability"] for row in answers}) > 2
+
+
+def test_a_run_with_exits_answers_by_them(trained, tmp_path):
+    """Its examples leave after the layers at which they left when the run was evaluated."""
+    flags = ("--early_exit", "--exit_threshold", "auto", "sst=0", "sts=1")
+    run, layers = trained.train("exits", "--lr", 0.01, *flags), set()
+    names = ("id", "prediction", "probability")
+    for name, task in build_tasks().items():
+        out = tmp_path / f"{name}.csv"
+        predict.main([str(run), name, "--file", str(trained.data / task.file("dev")), "--out", str(out)])
+        expected = read_csv(run / "predictions" / f"{name}-dev-readable.csv")
+        assert columns(read_csv(out), *names) == columns(expected, *names)
+        layers |= {row["layers"] for row in expected}
+    assert layers == {"1", "2"}
 
 
 def test_one_text_gives_a_label_and_its_probability(ask, trained):
@@ -148,9 +152,7 @@ def test_wrong_standard_input_is_refused_in_one_line(ask):
 
 def test_wrong_runs_are_refused_in_one_line(trained, tmp_path):
     for folder in (tmp_path / "nowhere", tmp_path, trained.weights, trained.run / "vocab.txt"):
-        with pytest.raises(InputError) as caught:
-            predict.main([str(folder), "sst", "a film"])
-        assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+        assert str(folder) in refusal(predict.main, [str(folder), "sst", "a film"])
     copy = tmp_path / "copy"
     for name, spoil in {
         "best.safetensors": lambda path: path.write_bytes(path.read_bytes()[:-10]),
@@ -159,18 +161,17 @@ def test_wrong_runs_are_refused_in_one_line(trained, tmp_path):
     }.items():
         shutil.copytree(trained.run, copy)
         spoil(copy / name)
-        with pytest.raises(InputError) as caught:
-            predict.main([str(copy), "sst", "a film"])
-        assert name in str(caught.value) and "\n" not in str(caught.value)
+        assert name in refusal(predict.main, [str(copy), "sst", "a film"])
         shutil.rmtree(copy)
 
 
-def test_the_script_answers_and_refuses_from_anywhere(trained, tmp_path):
-    script = Path(predict.__file__)
+def test_the_script_answers_from_anywhere(trained, tmp_path):
+    command = [sys.executable, predict.__file__, trained.run, "sst"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     how = dict(cwd=tmp_path, capture_output=True, text=True, timeout=60, env=environment)
-    done = subprocess.run([sys.executable, script, trained.run, "sst"], input="a dog\na cat\n", **how)
+    done = subprocess.run(command, input="a dog\na cat\n", **how)
     assert done.returncode == 0 and done.stdout.count("\n") == 2 and done.stderr == ""
-    done = subprocess.run([sys.executable, script, trained.run, "para", "alone"], **how)
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+def test_the_script_refuses_in_one_line_with_status_2(trained, monkeypatch, capsys):
+    assert "two texts" in script_refusal(monkeypatch, capsys, predict.__file__, trained.run, "para", "alone")

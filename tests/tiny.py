@@ -1,22 +1,36 @@
-"""A tiny seeded multitask model and batches for tests: quick enough to train in process."""
+"""A tiny seeded multitask model, batches, and the whole program on such a model: quick enough to train in process."""
 
 import csv
+import json
+import os
 import re
+import runpy
+import signal
+import sys
 from collections import Counter
+from itertools import count
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
+import closing
+import multitask_classifier
 from base_bert import BertConfig
 from bert import BertModel
 from datasets import Batch
-from multitask_classifier import MultitaskBERT
+from errors import InputError, run_script
+from files import write_whole
+from multitask_classifier import MultitaskBERT, main
 from tasks import build_tasks
+from tokenizer import BertTokenizer
 
 SAMPLE = Path(__file__).parents[1] / "data" / "sample"
 # unequal, so that splits and samplers matter, and no multiples of the batch size
 ROWS = {"ids-sst": 16, "ids-cfimdb": 12, "quora": 30, "sts": 20}
+EPOCHS = 2
+PICTURES = ("plot_confusion", "plot_exits", "plot_layer_scores")
 
 
 def make_config(layers=3, hidden=16, dropout=0.0):
@@ -85,3 +99,109 @@ def read_csv(path, delimiter=","):
     """The rows of a CSV as dicts."""
     with open(path, newline="") as file:
         return list(csv.DictReader(file, delimiter=delimiter))
+
+
+class Program:
+    """A weights folder, a data folder, and runs beside them."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.weights, self.data = write_weights(folder / "weights"), write_data(folder / "data")
+        self.tokenizer = BertTokenizer.from_pretrained(self.weights)
+
+    def path(self, name):
+        """The run directory of a name."""
+        return self.folder / name
+
+    def command(self, name, *flags):
+        """The command line of a run: the given flags win over the usual ones."""
+        usual = f"--epochs {EPOCHS} --batch_size 8 --lr 0.003 --max_length 40 --weights {self.weights}"
+        return [*usual.split(), "--data_dir", str(self.data), "--run_dir", str(self.path(name)), *map(str, flags)]
+
+    def train(self, name, *flags):
+        """Run the program here; it must end well. Returns the run directory."""
+        assert not main(self.command(name, *flags))
+        return self.path(name)
+
+    def train_quickly(self, name, *flags, finish=False):
+        """The same with a tokenizer that remembers the words and, unless told to, without the closing evaluation."""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(BertTokenizer, "from_pretrained", lambda folder: self.tokenizer)
+            if not finish:
+                patch.setattr(multitask_classifier, "finish", lambda *_: None)
+            return self.train(name, *flags)
+
+    def refused(self, name, *flags):
+        """The one line with which a command is refused."""
+        return refusal(main, self.command(name, *flags))
+
+
+def refusal(call, *arguments):
+    """The one line with which a call is refused."""
+    with pytest.raises(InputError) as caught:
+        call(*arguments)
+    line = str(caught.value)
+    assert line and "\n" not in line
+    return line
+
+
+def script_refusal(monkeypatch, capsys, script, *arguments):
+    """The one line with which a script is refused, with status 2. It runs in this process, which takes less time."""
+    monkeypatch.setattr(sys, "argv", [str(script), *map(str, arguments)])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(script), run_name="__main__")
+    printed = capsys.readouterr()
+    assert end.value.code == 2 and printed.out == ""
+    assert printed.err.count("\n") == 1 and printed.err.startswith("error: ")
+    return printed.err
+
+
+def log_of(run):
+    """The lines of a run's log.jsonl."""
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def state_of(run):
+    """A run's last state."""
+    return torch.load(run / "last.pt", weights_only=True)
+
+
+def weights_of(run):
+    """The weights of a run's last state."""
+    return state_of(run)["model"]
+
+
+def leave_pictures_blank(monkeypatch):
+    """Let runs leave empty pictures: to draw them takes longer than to train a tiny model."""
+    for name in PICTURES:
+        monkeypatch.setattr(closing, name, lambda path, *_: write_whole(path, b""))
+
+
+def call_at(monkeypatch, owner, name, at, action):
+    """Do something right before a function is called for the `at`-th time."""
+    original, calls = getattr(owner, name), count(1)
+
+    def counted(*args, **kwargs):
+        if next(calls) == at:
+            action()
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, counted)
+
+
+def become_process(output):
+    """In a process of its own: one thread, and what is printed goes into a file."""
+    torch.set_num_threads(1)
+    with open(output, "ab") as stream:
+        os.dup2(stream.fileno(), 1)
+        os.dup2(stream.fileno(), 2)
+
+
+def run_and_kill(argv, owner, name, at, output):
+    """In a process of its own: run the program and kill it, hard, at the `at`-th call of a function."""
+    become_process(output)
+    with pytest.MonkeyPatch.context() as patch:
+        leave_pictures_blank(patch)
+        call_at(patch, sys.modules[owner], name, at, lambda: os.kill(os.getpid(), signal.SIGKILL))
+        run_script(lambda: main(argv))
