@@ -11,7 +11,7 @@ import optimizer
 from errors import InputError
 from optimizer import SCHEDULES, SGD, AdamW, RMSprop, clip_gradients, parameter_groups
 
-STEPS = 400
+STEPS = 1000
 OPTIMISERS = {
     "adamw": (AdamW, {"weight_decay": 0.1}),
     "adamw-uncorrected": (AdamW, {"weight_decay": 0.1, "correct_bias": False}),
