@@ -745,7 +745,7 @@ def our_epoch(setup, folder, precision, attention="plain"):
         parts = our_parts(setup, folder, flags, model)
         watch.mark("read")
         started = time.perf_counter()
-        progress = multitask_classifier.train(parts, RunFolder(run))
+        progress, _ = multitask_classifier.train(parts, RunFolder(run))
         synchronize(setup.device)
         whole = time.perf_counter() - started
     phases = {**watch.phases(), "train": progress.train_seconds, "evaluate": progress.eval_seconds}

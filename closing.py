@@ -94,16 +94,17 @@ def close_exits(model, datasets, folder, settings, how):
     return ExitInference(settings.policies, thresholds, how["batch_size"]), record
 
 
-def close(model, data, folder, how, settings=None, progress=False):
+def close(model, data, folder, how, settings=None, progress=False, known=None):
     """Score the model on dev, with exits too where there are settings; write predictions and pictures into `folder`.
 
-    `data` is {task: {split: Dataset}}; `how` goes to `predict`. Returns (scores as plain data, exits or None).
+    `data` is {task: {split: Dataset}}; `how` goes to `predict`; `known` is what evaluate returned of this model, if it
+    was asked before: with exits it is asked again, for the time. Returns (scores as plain data, exits or None).
     """
     folder = Path(folder)
     dev = {name: splits["dev"] for name, splits in data.items()}
     tasks = {name: dataset.task for name, dataset in dev.items()}
     started = time.perf_counter()
-    scores, known = evaluate(model, dev, **how)
+    scores, known = known if known and not settings else evaluate(model, dev, **how)
     seconds, infer, exits = time.perf_counter() - started, full_depth, None
     for warning in scores.warnings:
         print(f"warning: {warning}")

@@ -495,7 +495,7 @@ def restore(parts, state):
 
 
 def evaluate_dev(parts, depth):
-    """Dev scores at a depth; decision thresholds that are fitted are fitted on training rows first."""
+    """Dev scores and predictions at a depth; thresholds of decisions that are fitted, on training rows, come first."""
     how = parts.how() | {"infer": at_exit(depth)}
     for name, splits in parts.data.items():
         task = splits["train"].task
@@ -504,7 +504,7 @@ def evaluate_dev(parts, depth):
             seen = predict(parts.model, splits["train"], splits["train"].usable[:2000], **how)
             labels = splits["train"].labels[seen.rows]
             parts.model.set_threshold(name, parallel.from_first(fit_threshold(seen.probabilities[:, 1], labels)))
-    return evaluate(parts.model, parts.dev(), **how)[0]
+    return evaluate(parts.model, parts.dev(), **how)
 
 
 def main_metrics(metrics, tasks):
@@ -573,7 +573,10 @@ def train_phase(parts, folder, phase, progress, optimizer, signals):
 
 
 def evaluate_phase(parts, folder, phase, progress, optimizer, signals):
-    """Evaluate after a phase, keep the model where it is the best, and save what resuming needs."""
+    """Evaluate after a phase, keep the model where it is the best, and save what resuming needs.
+
+    Returns (scores, predictions) where the model is the best so far, else None.
+    """
     started = time.monotonic()
     # taken beforehand, as long as all processes are at the same place
     before = snapshot(parts, optimizer, progress)
@@ -581,14 +584,16 @@ def evaluate_phase(parts, folder, phase, progress, optimizer, signals):
     try:
         # a model that may not be kept is only asked how far the exit that it trained has come
         depth = parts.model.depth if phase.keep else max(phase.exit_weights[-1])
-        scores = parallel.from_first(evaluate_dev(parts, depth))
+        scores, predictions = evaluate_dev(parts, depth)
+        scores = parallel.from_first(scores)
     except Interrupted:
         folder.save_last(before)
         raise
     finally:
         signals.immediate = False
     progress.eval_seconds += time.monotonic() - started
-    if phase.keep and scores.norm > progress.best:
+    is_best = phase.keep and scores.norm > progress.best
+    if is_best:
         progress.best, progress.best_phase = scores.norm, phase.label
         folder.save_best(parts.model)
     progress.last_scores = {"tasks": scores.tasks, "raw": scores.raw, "norm": scores.norm}
@@ -605,11 +610,12 @@ def evaluate_phase(parts, folder, phase, progress, optimizer, signals):
         eval_seconds=round(progress.eval_seconds, 2),
     )
     told = "  ".join(f"{name} {value:.3f}" for name, value in main_metrics(scores.tasks, parts.model.tasks).items())
-    best = "  best so far" if progress.best_phase == phase.label else ""
+    best = "  best so far" if is_best else ""
     print(f"{phase.label}: dev {told}  raw {scores.raw:.4f}  norm {scores.norm:.4f}{best}", flush=True)
     for warning in scores.warnings if phase.keep else ():
         print(f"warning: {warning}", flush=True)
     folder.save_last(snapshot(parts, optimizer, progress))
+    return (scores, predictions) if is_best else None
 
 
 def send(plan, score):
@@ -621,8 +627,9 @@ def send(plan, score):
 
 
 def train(parts, folder, state=None):
-    """The one training loop: phases from the plan, steps within each. Returns the Progress at the end.
+    """The one training loop: phases from the plan, steps within each.
 
+    Returns the Progress at the end and, where the last model is the best one, its dev scores and predictions.
     `state` is what a stopped run saved: the plan is sent the recorded scores and goes on where it was.
     """
     progress = Progress()
@@ -633,7 +640,7 @@ def train(parts, folder, state=None):
     phase = next(plan)
     for norm in progress.scores:
         phase = send(plan, norm)
-    optimizer = None
+    optimizer = known = None
     with SignalGuard() as signals:
         while phase is not None:
             parameters = set_trainable(parts.model, phase, parts.may_train)
@@ -644,9 +651,9 @@ def train(parts, folder, state=None):
                     optimizer.load_state_dict(state["optimizer"])
             progress.trained, state = list(parameters), None
             train_phase(parts, folder, phase, progress, optimizer, signals)
-            evaluate_phase(parts, folder, phase, progress, optimizer, signals)
+            known = evaluate_phase(parts, folder, phase, progress, optimizer, signals)
             phase = send(plan, progress.scores[-1])
-    return progress
+    return progress, known
 
 
 # --- the parts of a run ----------------------------------------------------------------------------------------------
@@ -861,13 +868,13 @@ def build(flags, model, data, device):
 # --- a run from start to end --------------------------------------------------------------------------------------
 
 
-def finish(parts, folder, progress):
-    """Score the best model, write its predictions, pictures and the summary."""
+def finish(parts, folder, progress, known):
+    """Score the best model unless `known`, write its predictions, pictures and the summary."""
     folder.load_best(parts.model)
     print(f"\nbest model: {progress.best_phase} (last phase: norm {progress.last_scores['norm']:.4f})")
     started = time.monotonic()
     scores, exits = close(
-        parts.model, parts.data, folder.path, parts.how(), parts.exit_settings, parallel.progress_bars()
+        parts.model, parts.data, folder.path, parts.how(), parts.exit_settings, parallel.progress_bars(), known
     )
     counted = exits["dev"] if exits else scores
     summary = {
@@ -998,8 +1005,8 @@ def start_run(flags, given, defaults):
         )
     print(f"run: {folder.path}", flush=True)
     try:
-        progress = train(parts, folder, state)
-        finish(parts, folder, progress)
+        progress, known = train(parts, folder, state)
+        finish(parts, folder, progress, known)
     except (Interrupted, KeyboardInterrupt):
         if parallel.rank() == 0:
             print(f"\ninterrupted: the run is saved; continue with --resume --run_dir {folder.path}", file=sys.stderr)
