@@ -71,11 +71,11 @@ class Sizes:
     epoch_rounds: int = 3
     repeats: int = 3
     sentences: int = 8000
-    train: int = 800
+    train: int = 640
     dev: int = 320
     evaluated: int = 960
-    remembered: int = 480
-    growth: tuple = (200, 400, 800)
+    remembered: int = 320
+    growth: tuple = (160, 320, 640)
     pairs: int = 400_000
     steps: tuple = ((16, 32), (16, 64), (32, 64))
     lengths: tuple = (16, 32, 64, 96, 128)
