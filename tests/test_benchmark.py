@@ -200,3 +200,22 @@ def test_other_logits_are_noticed(setup):
 def test_a_program_that_fails_is_noticed():
     with pytest.raises(RuntimeError, match="ended with 3"):
         workloads.launch("-c", "raise SystemExit(3)")
+
+
+@pytest.mark.parametrize(
+    "device, b, s, limits",
+    [
+        ("cpu", 16, 32, [1.0]),
+        ("cpu", 32, 64, [1.0, 1.1, 0.45, 0.6]),
+        ("cuda", 16, 32, [2.0]),
+        ("cuda", 128, 128, [1.3, 0.45]),
+    ],
+)
+def test_goals_of_a_step(device, b, s, limits):
+    """Ours takes 2 s, 1 s of it the optimiser, and reaches 30% and 60% of the peak; transformers takes 3 s."""
+    ours, theirs = [{"forward": 1.0, "optimizer": 1.0}], [{"forward": 2.0, "optimizer": 1.0}]
+    flop = {"step": (60.0, ("forward", "optimizer")), "without optimizer": (60.0, ("forward",))}
+    measured = {"ours": ours, "transformers plain": theirs, "ours --attention sdpa": ours, "transformers best": theirs}
+    goals = benchmark.step_goals(device, b, s, timing.compare("a setting", "ms", measured, flop=flop, peak=100.0))
+    assert [goal.limit for goal in goals] == limits
+    assert [goal.values for goal in goals] == [[{1.1: 1.0, 0.45: 0.3, 0.6: 0.6}.get(x, 1.5)] for x in limits]
