@@ -14,8 +14,8 @@ are ahead. A line below the table says for each goal of the project whether it i
 The peers, plain and best, are written out in peer.py. They have the same examples, heads, losses, schedule, clipping,
 precision and number of threads as ours. Whoever pads less works on fewer numbers, so the share of the machine's matrix
 peak counts multiplications and additions on real tokens only. The peak is measured too: the best of several square
-matrix products. timing.py holds the clocks and the arithmetic, workloads.py what both sides do; here is a
-function a part.
+matrix products. timing.py holds the clocks and the arithmetic, workloads.py what both sides do; here is a function for
+each part.
 """
 
 import argparse
@@ -563,8 +563,11 @@ def benchmark_compile(setup, folder):
     cold = compare(f"{precision}, {b} x {s}, first step", "s", first)
     lost = sum(first["ours, compiled"][0].values()) - sum(first["ours"][0].values())
     saved = (statistics.median(rows[0].values()) - statistics.median(rows[1].values())) / 1e3
-    told = f"pays after {lost / saved:,.0f} steps of this one shape" if saved > 0 else "never pays here"
-    return Found(cold + rows, notes=[f"Compiling cost {lost:.1f} s and saves {1e3 * saved:.1f} ms a step: it {told}."])
+    if saved > 0:
+        told = f"saves {1e3 * saved:.1f} ms a step, so it pays after {lost / saved:,.0f} steps of this one shape"
+    else:
+        told = f"makes a step {-1e3 * saved:.1f} ms slower, so it never pays here"
+    return Found(cold + rows, notes=[f"Compiling took {lost:.1f} s and {told}."])
 
 
 # in the order of this file
