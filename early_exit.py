@@ -325,7 +325,7 @@ def candidates(exits, policy, metric):
     return np.array(thresholds), np.array([x.score for x in found]), np.array([x.mean_layers for x in found])
 
 
-def choose_thresholds(exits, policies, metrics, loss=0.01):
+def choose_thresholds(exits, policies, metrics, loss=0.005):
     """Thresholds of all tasks with few layers whose mean score is at least (1 - loss) of the full depth's.
 
     Every task takes the candidate with the largest score - price * layers, and the price is the highest one that costs

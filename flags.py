@@ -163,8 +163,8 @@ def make_parser():
                        help="leave at this certainty: a number, task=number, or auto (chosen on half of dev); "
                        "with --option evaluate also a list to sweep, .5,.9,.99")
     exits.add_argument("--lte_threshold", type=at_least_zero, help="threshold of the tasks that leave by LTE")
-    exits.add_argument("--exit_quality", type=share, default=0.01, metavar="LOSS",
-                       help="share of the mean dev score that auto thresholds may lose")
+    exits.add_argument("--exit_quality", type=share, default=0.005, metavar="LOSS",
+                       help="share of the mean score that auto thresholds may lose on the rows they are chosen on")
     exits.add_argument("--exit_loss", choices=EXIT_LOSSES, default="joint", help="how the exits are trained")
     exits.add_argument("--slf", action="store_true", help="Sequential Layer Focus: layer by layer, then all together")
     exits.add_argument("--slf_epochs", type=positive, default=0.25, help="epochs per layer in stage 1 of --slf")

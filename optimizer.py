@@ -43,11 +43,20 @@ def split_into_blocks(tensors):
     return zip(*(tensor.view(-1).split(BLOCK) for tensor in tensors), strict=True)
 
 
+def square_root(square):
+    """The square root. Differs: the reciprocal of the reciprocal root is as exact as the update needs.
+
+    torch's sqrt takes 6 times as long on zeros (rows of words that no batch has used: half of a small BERT) and 25
+    times on denormal numbers; this takes the same time on all. Measured: 3.6, 15 and .58 against .45 ns a number.
+    """
+    return square.rsqrt().reciprocal_()
+
+
 def update_adamw(parameter, gradient, exp_avg, exp_avg_sq, *, beta1, beta2, eps, step_size, decay):
     """Apply AdamW's rule in place: step along the mean gradient over its root mean square, then decay."""
     exp_avg.lerp_(gradient, 1 - beta1)
     exp_avg_sq.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-    parameter.addcdiv_(exp_avg, exp_avg_sq.sqrt().add_(eps), value=-step_size)
+    parameter.addcdiv_(exp_avg, square_root(exp_avg_sq).add_(eps), value=-step_size)
     if decay:
         parameter.mul_(1 - decay)
 
@@ -55,7 +64,7 @@ def update_adamw(parameter, gradient, exp_avg, exp_avg_sq, *, beta1, beta2, eps,
 def update_rmsprop(parameter, gradient, square_avg, *, gamma, eps, lr, decay):
     """Apply RMSprop's rule in place: step along the gradient over its root mean square, then decay."""
     square_avg.mul_(gamma).addcmul_(gradient, gradient, value=1 - gamma)
-    parameter.addcdiv_(gradient, square_avg.sqrt().add_(eps), value=-lr)
+    parameter.addcdiv_(gradient, square_root(square_avg).add_(eps), value=-lr)
     if decay:
         parameter.mul_(1 - decay)
 

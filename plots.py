@@ -156,3 +156,19 @@ def plot_confusion(path, confusion, label_names, title):
     axes.set_title(title, fontsize=11)
     figure.colorbar(image, ax=axes, label="share of the gold class", shrink=0.8)
     save(figure, path)
+
+
+def plot_curves(path, panels, title):
+    """Draw measured curves, panels side by side. `panels` is a list of (x label, y label, {name: (x, y)})."""
+    figure = Figure(figsize=(4.6 * len(panels), 3.6), layout="constrained")
+    for axes, (x_label, y_label, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        for (name, (x, y)), style in zip(curves.items(), ("-o", "--", ":"), strict=False):
+            axes.plot(x, y, style, label=name, markersize=4)
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+        axes.set_xlim(left=0)
+        axes.set_ylim(bottom=0)
+        axes.legend(fontsize=8, frameon=False)
+        clean(axes)
+    figure.suptitle(title, fontsize=11)
+    save(figure, path)

@@ -1,4 +1,4 @@
-"""The benchmark runs, and its arithmetic is right; no time is asserted. Read benchmark.py before it."""
+"""Every part of the benchmark runs on a tiny model and gives numbers; no time is asserted. Read benchmark.py first."""
 
 import json
 from pathlib import Path
@@ -8,15 +8,20 @@ import pytest
 import torch
 
 import benchmark
+import multitask_classifier
+import timing
+import workloads
 from base_bert import BertConfig
 from bert import BertModel
 from errors import InputError
+from tasks import build_tasks
 from tokenizer import SPECIAL_TOKENS
 
 SAMPLE = Path(__file__).parents[1] / "data" / "sample"
 CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,!?'\"-"
-SIZES = benchmark.Sizes(
-    rounds=2,
+TINY = dict(hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16)
+SIZES = workloads.Sizes(
+    rounds=1,
     epoch_rounds=1,
     repeats=1,
     sentences=20,
@@ -24,36 +29,14 @@ SIZES = benchmark.Sizes(
     dev=24,
     evaluated=24,
     remembered=24,
+    growth=(24, 30),
+    pairs=40,
     steps=((3, 8),),
-    optimized=(("tiny", dict(vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2)),),
+    lengths=(8, 12),
+    optimized=(("tiny", dict(vocab_size=20, **TINY)),),
     matrices=(16,),
+    compiler="eager",
 )
-
-
-def row(**details):
-    """Two rounds, of 1 + 3 and 2 + 6 seconds, against a baseline of 2 and 2 seconds."""
-    rounds = [{"forward": 1.0, "optimizer": 3.0}, {"forward": 2.0, "optimizer": 6.0}]
-    return benchmark.Row("a setting", "theirs", details.pop("unit", "s"), rounds, [{"": 2.0}, {"": 2.0}], **details)
-
-
-def test_row_arithmetic():
-    """Totals, rates, ratios per round, medians of phases and shares of the peak, worked by hand."""
-    assert row().values() == [4.0, 8.0]
-    assert row(unit="ms").values() == [4000.0, 8000.0]
-    assert row(unit="sentences/s", amount=16.0).values() == [4.0, 2.0]
-    assert row().ratios() == [2.0, 4.0]
-    assert row().phases() == {"forward": 1.5, "optimizer": 4.5}
-    flop = {"step": (60.0, ("forward", "optimizer")), "without": (60.0, ("forward",))}
-    assert row(flop=flop, peak=100.0).shares() == {"step": 0.1, "without": 0.4}
-
-
-def test_table_says_what_the_rows_say():
-    """A line per row under a header; the baseline's own ratio is 1."""
-    rounds = {"ours": [{"": 2.0}, {"": 2.0}, {"": 2.0}], "theirs": [{"": 3.0}, {"": 5.0}, {"": 4.0}]}
-    header, rule, ours, theirs = benchmark.table(benchmark.compare("a setting", "s", rounds))
-    assert len({len(line) for line in (header, rule, ours, theirs)}) == 1
-    assert [cell.strip() for cell in ours.split("|")[1:5]] == ["a setting", "ours", "2 s (2 - 2)", "1"]
-    assert [cell.strip() for cell in theirs.split("|")[2:5]] == ["theirs", "4 s (3 - 5)", "2 (1.5 - 2.5)"]
 
 
 def test_layer_flop_equals_a_count():
@@ -68,46 +51,8 @@ def test_layer_flop_equals_a_count():
         *_, (_, last) = model.encode(hidden, torch.ones_like(ids))
         forward = counter.get_total_flops()
         last.sum().backward()
-    assert benchmark.layer_flop(config, [5, 5, 5], passes=1) == forward
-    assert benchmark.layer_flop(config, [5, 5, 5], passes=3) == counter.get_total_flops()
-
-
-def test_alternate_takes_turns():
-    """Every variant once per round, the order turned round each time."""
-    order = []
-    variants = {name: (lambda name=name: order.append(name) or len(order)) for name in "AB"}
-    assert benchmark.alternate(variants, 3, "") == {"A": [1, 4, 5], "B": [2, 3, 6]}
-    assert order == ["A", "B", "B", "A", "A", "B"]
-
-
-def test_profile_counts_nested_calls_once():
-    """An inner wrapped function belongs to the outer one's phase; putting it back restores the function."""
-
-    class Owner:
-        def inner(self):
-            return 1
-
-        def outer(self):
-            return self.inner() + 1
-
-    owner, profile = Owner(), benchmark.Profile(torch.device("cpu"))
-    profile.wrap(owner, "inner", "inner")
-    put_back = profile.wrap(owner, "outer", "outer")
-    assert owner.outer() == 2 and list(profile.seconds) == ["outer"]
-    put_back()
-    assert owner.outer() == 2 and list(profile.seconds) == ["outer", "inner"]
-
-
-def test_report_keeps_the_other_parts(tmp_path):
-    """A second call replaces its own part only."""
-    about = dict(command="c", commit="", device="cpu", threads=1, torch="2", transformers="5", started="2026-01-01T")
-    about |= dict(seconds=60, matrix_peak={"fp32": 1e9}, table=["| x |"], profile={})
-    benchmark.write_report(tmp_path / "report", {"step": about | {"table": ["| old |"]}})
-    benchmark.write_report(tmp_path / "report", {"tokenize": about})
-    benchmark.write_report(tmp_path / "report", {"step": about | {"table": ["| new |"]}})
-    records = json.loads((tmp_path / "report.json").read_text())
-    text = (tmp_path / "report.md").read_text()
-    assert list(records) == ["tokenize", "step"] and "| new |" in text and "| x |" in text and "| old |" not in text
+    assert workloads.layer_flop(config, [5, 5, 5], passes=1) == forward
+    assert workloads.layer_flop(config, [5, 5, 5], passes=3) == counter.get_total_flops()
 
 
 def test_unknown_part_is_refused():
@@ -123,60 +68,154 @@ def setup(tmp_path_factory):
     """A tiny random BERT that reads letters, with the sample data."""
     pytest.importorskip("transformers")
     vocab = [*SPECIAL_TOKENS, *CHARACTERS, *(f"##{c}" for c in CHARACTERS)]
-    sizes = dict(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
-    model = BertModel(BertConfig(vocab_size=len(vocab), **sizes), generator=torch.Generator().manual_seed(0))
+    model = BertModel(BertConfig(vocab_size=len(vocab), **TINY), generator=torch.Generator().manual_seed(0))
     model.tokenizer_files = {"vocab.txt": "\n".join(vocab).encode()}
     folder = tmp_path_factory.mktemp("weights")
     model.save_pretrained(folder)
-    peaks = {"fp32": benchmark.measure_matrix_peak(torch.device("cpu"), torch.float32, SIZES.matrices)}
-    return benchmark.Setup(folder, SAMPLE, torch.device("cpu"), ("fp32",), SIZES, peaks)
+    cpu = torch.device("cpu")
+    peaks = {"fp32": timing.measure_matrix_peak(cpu, torch.float32, SIZES.matrices)}
+    report = tmp_path_factory.mktemp("results") / "benchmark"
+    return workloads.Setup(folder, SAMPLE, cpu, ("fp32",), SIZES, report, peaks=peaks)
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """Parts that start processes do their work here: a program's main in place of the program."""
+
+    def launch(*arguments, **environment):
+        words = list(map(str, arguments))
+        if "multitask_classifier.py" in words:
+            multitask_classifier.main(words[words.index("multitask_classifier.py") + 1 :])
+        else:
+            assert words[0] == "-c" and compile(words[1], "code", "exec")
+        return 1.0
+
+    def measure_here(device, call):
+        return timing.measure_memory(device, torch.get_num_threads(), call) | {"added": 1.0}
+
+    monkeypatch.setattr(workloads, "launch", launch)
+    monkeypatch.setattr(benchmark, "launch", launch)
+    monkeypatch.setattr(benchmark, "in_fresh_process", measure_here)
 
 
 def test_everybody_gets_the_same_examples(setup, tmp_path):
     """The subset is written once; ours and the peer read the same texts, labels and token ids from it."""
-    lengths = benchmark.write_subset(setup, tmp_path, 24, 24)
-    tokenizer = benchmark.import_transformers().BertTokenizerFast.from_pretrained(setup.weights)
-    for name, splits in benchmark.read_splits(setup, tmp_path, ("train", "dev")).items():
-        for split, ours in splits.items():
-            peer = benchmark.PeerData(tmp_path / ours.task.file(split), ours.task, tokenizer, tokenize_once=True)
-            assert [ours.text(i) for i in range(len(ours))] == list(zip(*peer.columns, strict=True))
-            assert ours.labels.tolist() == peer.labels
-            assert ours.lengths().tolist() == peer.lengths() == lengths[split][name].tolist()
-            inputs, labels = peer.collate([3, 1])
-            batch = ours.batch(np.array([3, 1]))
+    lengths, whole = workloads.write_subset(setup, tmp_path, train=24, dev=24)
+    assert whole == {"train": 1200, "dev": 302}
+    for split in ("train", "dev"):
+        ours, peer = workloads.read_split(setup, tmp_path, split), workloads.read_peer(setup, tmp_path, split, True)
+        assert np.concatenate([data.lengths() for data in ours.values()]).tolist() == lengths[split].tolist()
+        for name, data in ours.items():
+            theirs = peer[name]
+            assert [data.text(i) for i in range(len(data))] == list(zip(*theirs.columns, strict=True))
+            assert data.labels.tolist() == theirs.labels and data.lengths().tolist() == theirs.lengths()
+            inputs, labels = theirs.collate([3, 1])
+            batch = data.batch(np.array([3, 1]))
             assert torch.equal(inputs["input_ids"], batch.segments[0][0]) and torch.equal(labels, batch.labels)
-    for best in (False, True):
-        assert sorted(i for batch in benchmark.peer_batches(peer, best) for i in batch) == list(range(len(peer.labels)))
 
 
-@pytest.mark.parametrize("part", ["tokenize", "step", "epoch", "evaluate", "optimizer", "memory"])
-def test_part_runs(setup, part, monkeypatch, capsys):
+# the goals that each part is to report on, one setting and precision each
+GOALS = {"tokenize": 1, "step": 1, "epoch": 2, "evaluate": 2, "exit": 1, "optimizer": 1, "slf": 1, "pretrain": 1}
+GOALS |= {"methods": 2, "startup": 1, "memory": 2, "data": 1, "growth": 0, "distributed": 0, "compile": 0}
+
+
+@pytest.mark.parametrize("part", benchmark.PARTS)
+def test_part_runs(setup, part, in_this_process, capsys):
     """Every variant of a part gives a cost per round; its record is plain data and its table complete."""
-    # each variant of the memory part starts a process, and the epoch part has run the peers: one will do
-    if part == "memory":
-        monkeypatch.setattr(benchmark, "EPOCHS", {"ours": benchmark.EPOCHS["ours"]})
     record = json.loads(json.dumps(benchmark.run_part(part, setup)))
-    assert f"## {part}" in capsys.readouterr().out
-    assert len(record["table"]) == len(record["rows"]) + 2
-    variants = {row["variant"] for row in record["rows"]}
-    assert "ours" in variants
-    assert part == "memory" or any(name.startswith(("transformers", "torch")) for name in variants)
+    printed = capsys.readouterr().out
+    assert f"## {part}" in printed and all(f"- {goal}" in printed for goal in record["goals"])
+    assert len(record["table"]) == len(record["rows"]) + 2 and len(record["goals"]) == GOALS[part]
     for row in record["rows"]:
         assert row["values"] and np.isfinite(row["values"]).all() and min(row["values"]) > 0
         assert row["variant"] != "ours" or set(row["ratios"]) == {1.0}
     if part == "epoch":
-        assert {"collate", "forward", "backward", "clip", "optimizer"} <= set(record["profile"]["fp32"])
+        assert all(phase in record["notes"][0] for phase in ("collate", "forward", "optimizer", "save"))
+    if part in ("exit", "growth"):
+        assert record["notes"][-1].startswith("![") and setup.report.with_name(f"benchmark-{part}.png").is_file()
+
+
+def test_no_part_is_forgotten():
+    assert set(GOALS) == set(benchmark.PARTS)
+
+
+def test_exits_of_a_saved_run(setup, tmp_path, monkeypatch):
+    """The thresholds of a run's summary are one of the settings; a run without exits is refused."""
+    run = ["--data_dir", str(SAMPLE), "--weights", str(setup.weights), "--run_dir", str(tmp_path / "run")]
+    multitask_classifier.main([*run, *["--tasks", "sst", "--epochs", "1", "--epoch_size", "0.1", "--early_exit"]])
+    monkeypatch.setattr(setup, "run_dir", tmp_path / "run")
+    found = benchmark.benchmark_exit(setup, tmp_path)
+    assert [row.variant for row in found.rows][::6] == ["full depth", "thresholds chosen"]
+    assert "99% of the norm" in found.notes[0]
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    (tmp_path / "run" / "summary.json").write_text(json.dumps(summary | {"exits": None}))
+    with pytest.raises(InputError, match="no exits to leave by"):
+        benchmark.benchmark_exit(setup, tmp_path)
+
+
+def test_random_exits_leave_at_the_share_asked_for(setup):
+    """With 30% to stay after each exit, 70% of all rows leave at the first of two layers."""
+    parts = workloads.our_parts(setup, "fp32", "--early_exit --tasks sst")
+    [batch], _ = workloads.real_batch(setup, 2000, 4)
+    torch.manual_seed(0)
+    infer = benchmark.RandomExits({"sst": "confidence"}, {"sst": 0.3}, 2000)
+    with torch.inference_mode():
+        _, layers = infer(parts.model.eval(), batch)
+    assert (layers == 1).float().mean().item() == pytest.approx(0.7, abs=0.05)
+
+
+def test_our_step_is_the_loops_step(setup, tmp_path):
+    """One timed step changes the weights exactly as multitask_classifier.train_step does."""
+    workloads.write_subset(setup, tmp_path, train=24, dev=24)
+    data = workloads.read_train_and_dev(setup, tmp_path)
+    weights = []
+    for timed in (True, False):
+        torch.manual_seed(0)
+        parts = workloads.our_parts(setup, "fp32")
+        parts.data, parts.task_weights, rows = data, {"sst": 1.0}, np.arange(8)
+        if timed:
+            workloads.our_step(parts, [data["sst"]["train"].batch(rows)], repeats=1)()
+        else:
+            optimizer = parts.make_optimizer(dict(parts.model.named_parameters()))
+            parts.model.train()
+            multitask_classifier.train_step(parts, optimizer, [("sst", rows)], {parts.model.depth: 1.0}, 1.0)
+        weights.append(torch.cat([p.detach().flatten() for p in parts.model.parameters()]))
+    torch.testing.assert_close(*weights, rtol=0, atol=1e-7)
 
 
 def test_other_logits_are_noticed(setup):
     """The step part refuses to compare models that do not compute the same."""
-    tasks = benchmark.build_tasks(("sst",))
-    batch, lengths = benchmark.real_batch(setup, 3, 8, np.arange(5, 40))
+    [batch], lengths = workloads.real_batch(setup, 3, 8)
     assert lengths.tolist() == [8, 7, 6] and batch.segments[0][1].sum(1).tolist() == [8, 7, 6]
-    ours, peer = benchmark.our_model(setup, tasks), benchmark.PeerModel(setup.weights, tasks)
-    benchmark.check_same_work(ours, peer, batch)
+    ours = workloads.our_parts(setup, "fp32", "--tasks sst").model
+    peer = workloads.peer_model(setup, build_tasks(("sst",)))
+    workloads.check_same_work(ours, peer, batch)
     with torch.no_grad():
         ours.bert.pooler_dense.weight.mul_(-5)
         ours.heads["sst"].weight.mul_(50)
     with pytest.raises(RuntimeError, match="not the same work"):
-        benchmark.check_same_work(ours, peer, batch)
+        workloads.check_same_work(ours, peer, batch)
+
+
+def test_a_program_that_fails_is_noticed():
+    with pytest.raises(RuntimeError, match="ended with 3"):
+        workloads.launch("-c", "raise SystemExit(3)")
+
+
+@pytest.mark.parametrize(
+    "device, b, s, limits",
+    [
+        ("cpu", 16, 32, [1.0]),
+        ("cpu", 32, 64, [1.0, 1.1, 0.45, 0.6]),
+        ("cuda", 16, 32, [2.0]),
+        ("cuda", 128, 128, [1.3, 0.45]),
+    ],
+)
+def test_goals_of_a_step(device, b, s, limits):
+    """Ours takes 2 s, 1 s of it the optimiser, and reaches 30% and 60% of the peak; transformers takes 3 s."""
+    ours, theirs = [{"forward": 1.0, "optimizer": 1.0}], [{"forward": 2.0, "optimizer": 1.0}]
+    flop = {"step": (60.0, ("forward", "optimizer")), "without optimizer": (60.0, ("forward",))}
+    measured = {"ours": ours, "transformers plain": theirs, "ours --attention sdpa": ours, "transformers best": theirs}
+    goals = benchmark.step_goals(device, b, s, timing.compare("a setting", "ms", measured, flop=flop, peak=100.0))
+    assert [goal.limit for goal in goals] == limits
+    assert [goal.values for goal in goals] == [[{1.1: 1.0, 0.45: 0.3, 0.6: 0.6}.get(x, 1.5)] for x in limits]

@@ -42,7 +42,9 @@ MAY_IMPORT = {
     "predict": (*LOOP, "multitask_classifier"),
     "peer": LOOP,
     "experiments": (*LOOP, "multitask_classifier", "peer"),
-    "benchmark": (*LOOP, "multitask_classifier", "peer"),
+    "timing": ("files",),
+    "workloads": (*LOOP, "multitask_classifier", "peer", "timing"),
+    "benchmark": (*LOOP, "multitask_classifier", "peer", "timing", "workloads"),
 }
 README = ROOT / "README.md"
 
