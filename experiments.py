@@ -169,7 +169,21 @@ def read_row(group, name, folder):
         for task, metrics in summary[key]["tasks"].items():
             row[key][task] = metrics.get("pearson", metrics.get("accuracy"))
     keep = ("phase_norms", "steps", "train_seconds", "eval_seconds", "positive_rate", "peak_mib", "exits")
-    return row | {key: summary.get(key) for key in keep}
+    return row | {key: summary.get(key) for key in keep} | {"sweep": read_sweep(folder)}
+
+
+def read_sweep(folder):
+    """What a sweep of a run's exits (`--option evaluate --exit_threshold .5,...`) found for all tasks together.
+
+    Returns {setting: {score, mean_layers, examples_per_second}}, or None where there was none.
+    """
+    path = folder / "evaluate" / "sweep.csv"
+    if not path.exists():
+        return None
+    with open(path, newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["task"] == "all"]
+    keep = ("score", "mean_layers", "examples_per_second")
+    return {row["setting"]: {key: float(row[key]) for key in keep} for row in rows}
 
 
 def read_predictions(folder, task):
@@ -224,11 +238,15 @@ def table(group, rows):
                 f"{found['difference']:+.4f} (95% {found['low']:+.4f} to {found['high']:+.4f}; not better in "
                 f"{found['not_better']:.1%} of 10,000 resamples)."
             )
-        if row["exits"]:
-            norms, layers = row["exits"]["other_half_norm"], row["exits"]["other_half_layers"]
+        if found := row.get("sweep"):
+            full, left = found["full depth"], found["auto"]
             notes.append(
-                f"{row['name']}, exits chosen on one half of dev and reported on the other: norm {norms['exit']:.3f} "
-                f"of {norms['full']:.3f} at full depth, {layers:.2f} layers in the mean."
+                f"{row['name']}, thresholds chosen on one half of dev and measured on the other: norm "
+                f"{left['score']:.4f} of {full['score']:.4f} at full depth ({left['score'] / full['score']:.1%}) with "
+                f"{left['mean_layers']:.2f} layers instead of {full['mean_layers']:.2f} "
+                f"({left['mean_layers'] / full['mean_layers']:.0%}), "
+                f"{left['examples_per_second'] / full['examples_per_second']:.2f} times as many examples a second; "
+                f"at a threshold of .999 {found['0.999']['mean_layers']:.2f} layers."
             )
     return "\n".join([*lines, "", *notes]) + "\n"
 

@@ -46,6 +46,20 @@ def test_a_row_is_read_from_the_files_of_its_run(tmp_path):
     assert line == "| PCGrad | 0.500 | 0.660 | 0.720 | 0.610 | 0.730 | 0.250 | 12 | 4 | `--gradients pcgrad` |"
 
 
+def test_a_sweep_is_told_below_the_table(tmp_path):
+    """Half of the layers at 90% of the norm and one and a half times the speed."""
+    group, name = "exits", "SLF + early exit"
+    write_run(tmp_path / "run", experiments.command_of(group, name)[1:])
+    assert "times as many" not in experiments.table(group, [experiments.read_row(group, name, tmp_path / "run")])
+    lines = ["setting,task,score,mean_layers,examples_per_second", "full depth,sst,0.1,1,1", "full depth,all,0.8,6,100"]
+    lines += ["0.999,all,0.8,5.9,99", "auto,all,0.72,3,150"]
+    (tmp_path / "run" / "evaluate").mkdir()
+    (tmp_path / "run" / "evaluate" / "sweep.csv").write_text("\n".join(lines) + "\n")
+    told = experiments.table(group, [experiments.read_row(group, name, tmp_path / "run")]).splitlines()[-1]
+    assert "norm 0.7200 of 0.8000 at full depth (90.0%) with 3.00 layers instead of 6.00 (50%), 1.50 times" in told
+    assert told.endswith("at a threshold of .999 5.90 layers.")
+
+
 def test_a_run_with_other_flags_gives_no_row(tmp_path):
     write_run(tmp_path / "run", [*experiments.command_of("methods", "PCGrad")[1:], "--lr", "0.5"])
     assert experiments.read_row("methods", "PCGrad", tmp_path / "run") is None
