@@ -260,10 +260,22 @@ def update_readme(group, content):
         write_whole(path, before + start + content + end + after)
 
 
+def benchmark_goals(path):
+    """The goals of benchmark.py's report and what was measured, as a list in Markdown."""
+    records = json.loads(path.read_text())
+    first = next(iter(records.values()))
+    lines = [f"- {part}: {goal.removeprefix('goal: ')}" for part, told in records.items() for goal in told["goals"]]
+    minutes = sum(told["seconds"] for told in records.values()) / 60
+    about = f"Device {first['device']}, {first['threads']} threads, torch {first['torch']}, transformers "
+    about += f"{first['transformers']}; commits {', '.join(sorted({told['commit'] for told in records.values()}))}; "
+    return "\n".join([*lines, "", f"{about}{minutes:.0f} minutes. Median (lowest - highest) of the rounds."]) + "\n"
+
+
 def make_parser():
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("group", choices=GROUPS)
+    told = "a group of runs; benchmark only copies what benchmark.py found into README"
+    parser.add_argument("group", choices=(*GROUPS, "benchmark"), help=told)
     parser.add_argument("--data_dir", help="folder of the course's data; default as in multitask_classifier.py")
     parser.add_argument("--runs", type=Path, default=Path("runs/experiments"), help="where the runs are")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="only these rows")
@@ -275,6 +287,9 @@ def make_parser():
 def main(argv=None):
     """Run a group and write its tables."""
     args = make_parser().parse_args(argv)
+    if args.group == "benchmark":
+        update_readme("benchmark", benchmark_goals(HERE / "results" / "benchmark-cpu.json"))
+        return
     rows = []
     for name in GROUPS[args.group][1]:
         if args.only and name not in args.only:

@@ -74,6 +74,15 @@ def test_the_readme_table_is_replaced_between_its_markers(tmp_path, monkeypatch)
     assert (tmp_path / "README.md").read_text() == "a\n<!-- core -->\nnew\n<!-- end core -->\nz\n"
 
 
+def test_the_goals_of_the_benchmark_come_from_its_report(tmp_path):
+    about = {"device": "cpu: x", "threads": 2, "torch": "2", "transformers": "5", "commit": "c0ffee", "seconds": 90}
+    goals = {"step": ["goal: faster than 1: 2; reached: yes, by 100%"], "growth": []}
+    (tmp_path / "b.json").write_text(json.dumps({part: about | {"goals": told} for part, told in goals.items()}))
+    first, *_, last = experiments.benchmark_goals(tmp_path / "b.json").splitlines()
+    assert first == "- step: faster than 1: 2; reached: yes, by 100%"
+    assert "2 threads" in last and "commits c0ffee; 3 minutes" in last
+
+
 @pytest.mark.parametrize("entries", [["sst=0.9", "0.5"], ["0.5", "sst=0.9"]])
 def test_an_entry_that_names_a_task_wins(entries):
     assert per_task(entries, "--flag", ["sst", "sts"], float) == {"sst": 0.9, "sts": 0.5}
