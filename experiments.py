@@ -24,12 +24,14 @@ import peer
 from errors import InputError, run_script
 from evaluation import METRICS, normalise, paired_bootstrap
 from files import write_whole
-from flags import parse_flags
+from flags import EXIT_FLAGS, parse_flags
 from runs import FREE_FLAGS
 from tasks import build_tasks
 
 HERE = Path(__file__).parent
 PEER = peer.__name__
+# flags that a run may differ in from its row: those of looking after it, and those of leaving early at inference
+UNIMPORTANT = FREE_FLAGS | set(EXIT_FLAGS)
 # what every group adds: the small weights, which every reader has
 COMMON = "--weights minilm --precision bf16"
 GROUPS = {
@@ -151,7 +153,7 @@ def same_flags(group, name, config):
         flags = vars(peer.make_parser().parse_args([*given, "--run_dir", ""]))
     else:
         flags = parse_flags(given)[0]
-    return all(flags[key] == value for key, value in config["flags"].items() if key in flags and key not in FREE_FLAGS)
+    return all(flags[key] == value for key, value in config["flags"].items() if key in flags.keys() - UNIMPORTANT)
 
 
 def read_row(group, name, folder):
