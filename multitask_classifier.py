@@ -941,7 +941,7 @@ def evaluate_run(flags, given):
     before = RunFolder(flags["run_dir"]).config()["data"]
     for name, path in files.items():
         if before.get(name) != sha256(path):
-            print(f"note: {path} is not the {name} of the training run: do not compare its scores with that run's")
+            print(f"note: {path} is not a file of the training run: do not compare its scores with that run's")
     parts = build(run.flags | {"option": "finetune"}, run.model, data, device)
     folder = Path(flags["run_dir"]) / "evaluate"
     if levels:

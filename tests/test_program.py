@@ -185,11 +185,14 @@ def test_a_run_with_exits_reports_them_and_sweeps_thresholds(program, draw):
         assert (run / name).read_bytes().startswith(b"\x89PNG")
 
 
-def test_evaluation_reads_other_data_and_refuses_flags_of_training(program):
+def test_evaluation_reads_other_data_and_refuses_flags_of_training(program, capsys):
     run = program.train("evaluated-elsewhere", "--epochs", 1)
     other = program.folder / "other-sts.csv"
     other.write_text("".join((program.data / "sts-dev.csv").read_text().splitlines(keepends=True)[:8]))
+    assert not main(["--option", "evaluate", "--run_dir", str(run)])
+    assert "is not a file of the training run" not in capsys.readouterr().out
     assert not main(["--option", "evaluate", "--run_dir", str(run), "--sts_dev", str(other)])
+    assert capsys.readouterr().out.count(f"{other} is not a file of the training run") == 1
     assert len(read_csv(run / "evaluate" / "predictions" / "sts-dev-readable.csv")) == 7
     with pytest.raises(InputError, match="--lr: belongs to training"):
         main(["--option", "evaluate", "--run_dir", str(run), "--lr", "0.1"])
