@@ -69,7 +69,7 @@ GROUPS = {
             "adapter Houlsby": "--adapter houlsby --lr 2e-3",
             "adapter LHUC": "--adapter lhuc --lr 2e-3",
             "adapter PAL": "--adapter pal --lr 2e-3",
-            "RMSprop": "--optimizer rmsprop",
+            "RMSprop": "--optimizer rmsprop --lr 1e-4",
             "SGD": "--optimizer sgd",
             "Full SMART": "--smart",
             "early exit, joint": "--early_exit",

@@ -77,7 +77,7 @@ OPTIMIZERS = {"adamw": AdamW, "rmsprop": RMSprop, "sgd": SGD}
 SMALL = 512
 LEARNING_RATES = {
     "adamw": {"finetune": (1e-4, 2e-5), "pretrain": (1e-3, 1e-3), "adapter": (2e-3, 3e-4)},
-    "rmsprop": {"finetune": (5e-5, 1e-5), "pretrain": (1e-3, 1e-3), "adapter": (2e-3, 3e-4)},
+    "rmsprop": {"finetune": (1e-4, 1e-5), "pretrain": (1e-3, 1e-3), "adapter": (2e-3, 3e-4)},
     "sgd": {"finetune": (0.3, 1e-2), "pretrain": (1e-1, 1e-1), "adapter": (1e-1, 1e-1)},
 }
 # room for the special tokens of any pair encoding and one word
