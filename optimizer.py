@@ -47,7 +47,7 @@ def square_root(square):
     """The square root. Differs: the reciprocal of the reciprocal root is as exact as the update needs.
 
     torch's sqrt takes 6 times as long on zeros (rows of words that no batch has used: half of a small BERT) and 25
-    times on denormal numbers; this takes the same time on all. Measured: 3.6, 15 and .58 against .45 ns a number.
+    times on denormal numbers: 3.6 and 15 ns against .58 for others. This takes .44 ns, and .70 on denormal numbers.
     """
     return square.rsqrt().reciprocal_()
 
