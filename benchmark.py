@@ -643,6 +643,8 @@ def main(argv=None):
         if name not in PARTS:
             raise InputError(f"{name}: no such part; choose from {', '.join(PARTS)}")
     import_transformers()
+    # as our program does; the peers are in the same process and have it too, except where memory is measured
+    multitask_classifier.keep_freed_memory()
     device = multitask_classifier.choose_device(args.use_gpu)
     folder, _ = find_data_dir(args.data_dir, build_tasks(), ("train", "dev"))
     sizes, path = choose_sizes(args, device), report_path(args.results, device, args.quick)

@@ -78,9 +78,10 @@ def run_batches(model, data, rows, function, batch_size, precision, progress):
     model.eval()
     results = []
     starts = deal(range(0, len(rows), batch_size))
-    for start in tqdm(starts, f"predict {data.task.name}", disable=not progress, leave=False):
-        batch = data.batch(rows[order[start : start + batch_size]]).to(device)
-        with precision():
+    # one context for all batches: autocast then casts the weights once
+    with precision():
+        for start in tqdm(starts, f"predict {data.task.name}", disable=not progress, leave=False):
+            batch = data.batch(rows[order[start : start + batch_size]]).to(device)
             results.append(function(model, batch))
     model.train(was_training)
     back = torch.empty(len(rows), dtype=torch.long)

@@ -10,7 +10,7 @@ import torch
 from make_bert_golden import SIZES as GOLDEN_SIZES
 
 from base_bert import WEIGHTS_FOLDER, BertConfig, hub_name
-from bert import LEVELS, BertModel, Dropout
+from bert import LEVELS, BertModel, Dropout, attend_plain
 from errors import InputError
 from tokenizer import BertTokenizer
 
@@ -268,6 +268,20 @@ def test_autocast_trains_in_bfloat16(attention):
             h = model(*batch)["last_hidden_state"][0]
     assert h.dtype == torch.float32
     assert 0 < (h - expected).abs().max() < 0.1
+
+
+def test_attention_is_as_narrow_as_its_scores_under_autocast():
+    """A float32 mask must not widen the attention weights, the largest tensor of a layer."""
+    query, key, value = torch.randn(3, 2, 4, 5, 8).bfloat16()
+    mask = torch.zeros(2, 1, 1, 5)
+    mask[:, :, :, -1] = -1e4
+    seen = []
+    with torch.autocast("cpu", torch.bfloat16):
+        attend_plain(query, key, value, mask, lambda weights: seen.append(weights) or weights)
+    [weights] = seen
+    assert weights.dtype == torch.bfloat16 and (weights[..., -1] == 0).all()
+    expected = torch.softmax(query[..., :].float() @ key[..., :-1, :].float().transpose(-1, -2) / 8**0.5, dim=-1)
+    assert torch.allclose(weights[..., :-1].float(), expected, atol=0.02)
 
 
 def test_segments_and_positions_matter_and_segments_default_to_the_first():

@@ -2,6 +2,7 @@
 
 import csv
 import tracemalloc
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import numpy as np
@@ -287,6 +288,21 @@ def test_an_inference_policy_replaces_full_depth(make_data):
     found = predict(FakeModel(5), data, batch_size=4, infer=policy)
     assert found.exits.tolist() == data.lengths().tolist()
     assert found.outputs[:, 0].tolist() == data.lengths().tolist()
+
+
+def test_one_precision_context_serves_all_batches_of_a_prediction(make_data):
+    """Autocast casts the weights once per context."""
+    data, opened = make_data("sst", random_rows("x", [0, 1, 2, 3, 4, 0, 1])), []
+
+    @contextmanager
+    def precision():
+        opened.append(len(model.widths))
+        yield
+        opened.append(len(model.widths))
+
+    model = FakeModel(5)
+    predict(model, data, batch_size=2, precision=precision)
+    assert opened == [0, 4]
 
 
 def test_the_threshold_of_the_model_decides(make_data):

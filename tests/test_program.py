@@ -7,6 +7,7 @@ process of its own, and the kill is SIGKILL.
 import errno
 import json
 import os
+import platform
 import re
 import shutil
 import signal
@@ -251,6 +252,36 @@ def test_low_precision_trains_where_the_device_has_it(program, whole):
 
 
 # --- the same run again -------------------------------------------------------------------------------------------
+
+
+SCRIPTS = Path(multitask_classifier.__file__).parent
+FREED = """
+import torch, multitask_classifier
+
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096
+
+def kept():
+    before, block = resident(), torch.ones(2**24)
+    grown = resident() - before
+    del block
+    return grown, resident() - before
+
+print(*kept())
+multitask_classifier.keep_freed_memory()
+print(*kept())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the setting is glibc's")
+def test_freed_memory_stays_with_the_process():
+    """Of 64 MiB that were used and freed, next to nothing is left before the call, and nearly all after it."""
+    command = [sys.executable, "-c", FREED]
+    told = subprocess.run(command, capture_output=True, text=True, check=True, cwd=SCRIPTS).stdout
+    (used, left), (used_later, left_later) = (map(int, line.split()) for line in told.splitlines())
+    assert min(used, used_later) > 60 * 2**20
+    assert left < 16 * 2**20 and left_later > 48 * 2**20
 
 
 def test_the_same_seed_gives_the_same_bytes(program, whole):
