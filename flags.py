@@ -168,6 +168,8 @@ def make_parser():
     exits.add_argument("--exit_loss", choices=EXIT_LOSSES, default="joint", help="how the exits are trained")
     exits.add_argument("--slf", action="store_true", help="Sequential Layer Focus: layer by layer, then all together")
     exits.add_argument("--slf_epochs", type=positive, default=0.25, help="epochs per layer in stage 1 of --slf")
+    exits.add_argument("--slf_cache", action="store_true",
+                       help="stage 1 of --slf on the same examples for all layers, frozen layers' states kept")
     exits.add_argument("--smart_alternating", action="store_true",
                        help="alternate between the last exit and all exits by the dev score")
 
@@ -264,7 +266,22 @@ def check_flags(flags, given):
             flags["option"] != "evaluate" and sweep_levels(flags["exit_threshold"]),
             "--exit_threshold with a list sweeps a saved run: use it with --option evaluate",
         ),
-        ("slf_epochs" in given and not flags["slf"], "--slf_epochs belongs to --slf"),
+        *(
+            (name in given and not flags["slf"], f"--{name} belongs to --slf")
+            for name in ("slf_epochs", "slf_cache")
+        ),
+        (
+            flags["slf_cache"] and flags["slf_epochs"] > 1,
+            f"--slf_cache keeps the states of one epoch at most: --slf_epochs {flags['slf_epochs']:g} is too long",
+        ),
+        *(
+            (flags["slf_cache"] and flags[name], f"--slf_cache keeps what --{name} would change: leave one of them out")
+            for name in ("bregman", "lnsr")
+        ),
+        (
+            flags["slf_cache"] and flags["smart"] is not None,
+            "--slf_cache keeps what --smart would change: leave one of them out",
+        ),
         (
             flags["gradients"] != "sum" and flags["step"] == "one_task",
             f"--gradients {flags['gradients']} compares the tasks of one step: leave out --step one_task",

@@ -55,6 +55,7 @@ from flags import (
     sweep_levels,
     threshold,
 )
+from frozen import KeptStates
 from optimizer import SCHEDULES, SGD, AdamW, RMSprop, clip_gradients, parameter_groups
 from runs import (
     FREE_FLAGS,
@@ -188,15 +189,16 @@ class MultitaskBERT(nn.Module):
     def forward(self, batch, embeds=None, start=None, exits=None):
         """Run the layers up to the last of `exits` (by default the full depth) and each exit's head.
 
-        `embeds` replaces the embedding lookup; `start=(i, hidden)` enters after layer i with known hidden states.
+        `embeds` replaces the embedding lookup; `start=(i, hidden)` enters after layer i with known hidden states, for
+        which nothing is embedded.
         """
         exits, task = exits or (self.depth,), batch.task
         if batch.features is not None:
             states = {self.depth: batch.features}
             return Outputs((), states, {self.depth: self.head(self.depth, batch.features, task)}, None)
-        embeds = self.embed(batch) if embeds is None else embeds
+        embeds = embeds or (() if start else self.embed(batch))
         first, hidden = start or (0, embeds)
-        rng, masks, states, logits = dropout_state(embeds[0].device), self.masks(batch), {}, {}
+        rng, masks, states, logits = dropout_state(hidden[0].device), self.masks(batch), {}, {}
         for i, deeper in self.encode(hidden, masks, task, first, max(exits)):
             if i in exits:
                 states[i] = self.state(i, deeper, masks, task)
@@ -275,6 +277,7 @@ class Parts:
     data: dict  # {task: {split: Dataset}}
     plan: Callable  # () -> generator of phases
     terms: dict  # {name: loss term}
+    kept: KeptStates  # of frozen layers, in phases that ask for it
     gradients: object
     make_optimizer: Callable  # parameters by name -> optimizer
     may_train: Callable  # parameter name -> whether this run may train it
@@ -350,7 +353,8 @@ def phase_steps(parts, phase, position):
     """The steps of a phase: each a list of (task, rows); a pure function of seed and position."""
     usable = {name: splits["train"].usable for name, splits in parts.data.items()}
     sizes = {name: len(rows) for name, rows in usable.items()}
-    rows = epoch_rows(sizes, parts.split, position, phase.fraction, parts.seed)
+    rows_from = position if phase.rows_from is None else phase.rows_from
+    rows = epoch_rows(sizes, parts.split, rows_from, phase.fraction, parts.seed)
     batches = {}
     for name, chosen in rows.items():
         chosen = usable[name][chosen]
@@ -395,7 +399,8 @@ def train_step(parts, optimizer, step, exit_weights, multiplier):
             positions, weight = parallel.share(len(together))
             batch = data.batch(together, positions).to(parts.device)
             with parts.precision():
-                outputs = parts.model(batch, exits=tuple(exit_weights))
+                start = parts.kept.start(parts.model, batch, together[positions])
+                outputs = parts.model(batch, start=start, exits=tuple(exit_weights))
             values = {
                 key: weight * term(parts.model, batch, outputs, exit_weights) for key, term in parts.terms.items()
             }
@@ -534,17 +539,30 @@ def log_steps(parts, folder, phase, progress, optimizer, pending, seconds):
     return f"{losses} {count / seconds:.0f} ex/s"
 
 
+def keep_states(parts, phase, steps):
+    """Compute what enters the layer in training, for the examples of `steps`; forget it where nothing is frozen."""
+    if not phase.frozen_below:
+        return parts.kept.forget()
+    rows = {}
+    for name, chosen in (pair for step in steps for pair in step):
+        rows.setdefault(name, []).append(chosen)
+    examples = {name: (parts.data[name]["train"], np.unique(np.concatenate(chosen))) for name, chosen in rows.items()}
+    parts.kept.climb(parts.model, examples, phase.frozen_below, parts.eval_batch_size, parts.precision)
+
+
 def train_phase(parts, folder, phase, progress, optimizer, signals):
     """Take the (remaining) steps of a phase.
 
     A signal that reaches one process stops all of them after the same step, and they save at the same steps.
     Raises: Interrupted after saving, on SIGINT or SIGTERM; InputError where a loss is not a number.
     """
+    started = time.monotonic()
     steps = phase_steps(parts, phase, progress.epochs)
+    keep_states(parts, phase, steps)
     k, n = phase.stretch
     quiet = not parallel.progress_bars()
-    pending, started = [], time.monotonic()
-    logged_at = saved_at = told_at = started
+    pending, logged_at = [], time.monotonic()
+    saved_at = told_at = logged_at
     parts.model.train()
     bar = tqdm(steps[progress.step :], phase.label, len(steps), initial=progress.step, disable=quiet)
     for step in bar:
@@ -817,7 +835,9 @@ def build_plan(flags, depth):
         else:
             cycle = exit_weights(flags["exit_loss"], depth) if has_exits(flags) else ({depth: 1.0},)
             second = slf.plain(epochs, cycle, size)
-        return slf.sequential_layer_focus(depth, flags["slf_epochs"], second) if flags["slf"] else second
+        if not flags["slf"]:
+            return second
+        return slf.sequential_layer_focus(depth, flags["slf_epochs"], second, flags["slf_cache"])
 
     return plan
 
@@ -859,6 +879,7 @@ def build(flags, model, data, device):
         data=data,
         plan=build_plan(flags, model.depth),
         terms=build_terms(flags, model),
+        kept=KeptStates(),
         gradients=combine(list(model.parameters()), order),
         make_optimizer=make_optimizer,
         may_train=may_train,

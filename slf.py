@@ -35,7 +35,8 @@ class Phase:
     `fraction` is its length in epochs; `trainable` are prefixes of parameter names (within what the run may train
     at all); `exit_weights` is a cycle of {exit layer: weight}, one entry per step; `stretch` is (k, n): this phase
     is the k-th of n that share an optimiser and a learning-rate schedule; `keep` says whether the model after this
-    phase may be kept as the best one.
+    phase may be kept as the best one. `rows_from`, in epochs, is where in the data its rows begin, by default where
+    those of the phase before end; `frozen_below` is the number of layers whose last state is kept (frozen.py).
     """
 
     label: str
@@ -44,6 +45,8 @@ class Phase:
     trainable: tuple = EVERYTHING
     stretch: tuple = (0, 1)
     keep: bool = True
+    rows_from: float | None = None
+    frozen_below: int = 0
 
 
 def plain(epochs, exit_weights, size=1.0):
@@ -101,14 +104,15 @@ def layer_and_exit(i, depth):
     return (f"bert.bert_layers.{i - 1}.", *exit_prefixes, f"adapters.layers.{i - 1}.")
 
 
-def sequential_layer_focus(depth, layer_epochs, second):
+def sequential_layer_focus(depth, layer_epochs, second, keep_states=False):
     """Stage 1: train layer by layer, each with its own exit; stage 2: whatever the plan `second` says.
 
     In stage 1 layer i learns from L_i alone, for `layer_epochs` (a fraction of an epoch or several), with its own
     optimiser and schedule. What is below is frozen, and deeper layers are not asked for, so that no gradient goes
     below layer i and nothing above it runs. What layers share (embeddings, LTE, shared parts of adapters) waits for
     stage 2. No model of stage 1 may be kept, for its deeper layers are not trained yet. `second` is a fresh plan; it
-    is sent the scores of its own phases only.
+    is sent the scores of its own phases only. With `keep_states` all layers learn from the same examples, whose states
+    below the layer in training are kept; this takes `layer_epochs` of at most 1.
 
     Source: BERTer 3.3, Sequential Layer Focus.
     """
@@ -123,5 +127,7 @@ def sequential_layer_focus(depth, layer_epochs, second):
                 layer_and_exit(i, depth),
                 (part, parts),
                 keep=False,
+                rows_from=0.0 if keep_states else None,
+                frozen_below=i - 1 if keep_states else 0,
             )
     yield from second

@@ -49,6 +49,7 @@ CASES = {
     "plain": "--epoch_size 1",
     "accumulate": "--accumulate 2",
     "slf": "--slf --slf_epochs 0.5",
+    "slf cache": "--slf --slf_epochs 0.5 --slf_cache",
     "smart alternating": "--smart_alternating --epochs 4 --epoch_size 0.3",
     "early exit": "--early_exit --exit_loss alternating --epoch_size 1",
     "smart": "--smart --smart_weight 5",

@@ -13,7 +13,7 @@ from flags import check_flags, make_parser, parse_flags
 ROOT = Path(__file__).parents[1]
 MODULES = {path.stem: path for path in sorted(ROOT.glob("*.py"))}
 CORE = ("errors", "files", "tokenizer", "base_bert", "bert", "optimizer", "tasks", "datasets", "samplers")
-METHODS = ("parallel", "smart", "early_exit", "slf", "adapters", "gradients")
+METHODS = ("parallel", "smart", "early_exit", "slf", "frozen", "adapters", "gradients")
 LOOP = (*CORE, *METHODS, "evaluation", "plots", "closing", "flags", "runs")
 # {module: what it may import of ours}; each names only modules above it, so that there is no circle
 MAY_IMPORT = {
@@ -31,6 +31,7 @@ MAY_IMPORT = {
     "smart": ("errors", "parallel", "tasks"),
     "early_exit": ("errors", "tasks"),
     "slf": (),
+    "frozen": (),
     "adapters": ("errors",),
     "gradients": ("parallel",),
     "evaluation": ("files", "parallel", "tasks", "datasets", "early_exit"),

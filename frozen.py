@@ -1,0 +1,72 @@
+"""What enters the layer in training, computed once per example and kept: everything below it is frozen.
+
+Read first: slf.py. Stage 1 of Sequential Layer Focus trains layer i on layers that no longer move. Where all layers
+learn from the same examples (`--slf_cache`), the states that enter layer i are those that entered layer i - 1, one
+layer further: a step then runs layer i alone, and the states climb one layer per phase instead of i - 1 per step.
+
+Differs: BERTer does not say how the frozen layers run. Without the cache they run as in training, dropout included, and
+every layer sees other examples; kept states are without dropout, as at inference.
+"""
+
+import numpy as np
+import torch
+
+
+class KeptStates:
+    """The states after a frozen layer of some examples, without their padding. Empty: batches start as always.
+
+    Shapes: one tensor [n,d] per encoder pass of every example, where n is its number of tokens.
+    """
+
+    def __init__(self):
+        self.forget()
+
+    def forget(self):
+        """Keep nothing."""
+        self.layer, self.states = 0, {}
+
+    def start(self, model, batch, rows):
+        """Where a batch of these rows of its task may enter: (layer, hidden), or None where nothing is kept.
+
+        Shapes: hidden: one [b,s,d] per encoder pass, zero where there is padding.
+        """
+        if not self.states:
+            return None
+        hidden = []
+        for k, mask in enumerate(model.masks(batch)):
+            states = torch.cat([self.states[batch.task.name, row][k] for row in rows.tolist()])
+            h = states.new_zeros(*mask.shape, states.shape[-1])
+            h[mask.bool()] = states
+            hidden.append(h)
+        return self.layer, tuple(hidden)
+
+    @torch.no_grad()
+    def climb(self, model, examples, layer, batch_size, precision):
+        """Bring the states of {task: (Dataset, rows)} to after `layer`.
+
+        One layer at a time, in the same batches each time: a resumed run, which starts from the embeddings, comes to
+        the same numbers.
+        """
+        wanted = {(name, row) for name, (_, rows) in examples.items() for row in rows.tolist()}
+        if self.layer > layer or self.states.keys() != wanted:
+            self.forget()
+        was_training, device = model.training, next(model.parameters()).device
+        model.eval()
+        for i in range(self.layer + 1, layer + 1):
+            further = {}
+            with precision():
+                for data, rows in examples.values():
+                    order = rows[np.argsort(data.lengths()[rows], kind="stable")]
+                    for first in range(0, len(order), batch_size):
+                        part = order[first : first + batch_size]
+                        further |= self.step(model, data.batch(part).to(device), part, i)
+            self.layer, self.states = i, further
+        model.train(was_training)
+
+    def step(self, model, batch, rows, layer):
+        """Run one layer over a batch. Returns {(task, row): states after it, one [n,d] per encoder pass}."""
+        masks = model.masks(batch)
+        _, hidden = self.start(model, batch, rows) or (0, model.embed(batch))
+        [(_, hidden)] = model.encode(hidden, masks, batch.task, layer - 1, layer)
+        passes = [h[mask.bool()].split(mask.sum(1).tolist()) for h, mask in zip(hidden, masks, strict=True)]
+        return {(batch.task.name, row): states for row, *states in zip(rows.tolist(), *passes, strict=True)}
