@@ -138,6 +138,7 @@ def make_parser():
     model.add_argument("--pooling", choices=("cls", "mean"), default="cls",
                        help="sentence vector: BERT's pooler or a mean")
     model.add_argument("--attention", choices=("plain", "sdpa"), default="plain", help="written out, or torch's kernel")
+    model.add_argument("--compile", action="store_true", help="torch.compile the layers: slow to start; README, Speed")
     model.add_argument("--precision", choices=PRECISIONS, default="fp32", help="autocast precision")
     model.add_argument("--para_loss", choices=tuple(PARA_LOSSES), default="bce", help="loss of the paraphrase task")
     model.add_argument("--sts_loss", choices=tuple(STS_LOSSES), default="mse", help="loss of the similarity task")

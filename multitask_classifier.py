@@ -14,7 +14,9 @@ One that is off is not built, so that the baseline stays bit-identical.
 
 import ctypes
 import json
+import os
 import resource
+import shutil
 import signal
 import sys
 import time
@@ -85,6 +87,8 @@ LEARNING_RATES = {
 # room for the special tokens of any pair encoding and one word
 SHORTEST = 5
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
+# what --compile uses
+COMPILER = "inductor"
 # glibc's names for the sizes from which it gives freed memory back, and the largest size that it takes
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, LARGEST = -1, -3, 2**31 - 1
 
@@ -703,6 +707,18 @@ def keep_freed_memory():
             mallopt(option, LARGEST)
 
 
+def compile_layers(bert, device, compiler):
+    """Let torch.compile translate the layers, at the first step and once for all batch sizes and lengths.
+
+    Raises: InputError where what it writes for a CPU cannot be compiled.
+    """
+    compilers = (os.environ.get("CXX") or "g++", "clang++")
+    if compiler == "inductor" and device.type == "cpu" and not any(map(shutil.which, compilers)):
+        raise InputError(f"--compile: needs a C++ compiler, and there is no {' or '.join(compilers)}: install one")
+    for layer in bert.bert_layers:
+        layer.compile(dynamic=True, backend=compiler)
+
+
 def make_precision(name, device):
     """The autocast context of a precision.
 
@@ -862,6 +878,8 @@ def build(flags, model, data, device):
         for splits in data.values():
             for dataset in splits.values():
                 cache_features(model, dataset, flags["eval_batch_size"], precision)
+    if flags["compile"]:
+        compile_layers(model.bert, device, COMPILER)
     for_small, for_large = LEARNING_RATES[flags["optimizer"]][trained_set]
     learning_rate = flags["lr"] or (for_small if model.bert.config.hidden_size <= SMALL else for_large)
 

@@ -254,6 +254,28 @@ def test_low_precision_trains_where_the_device_has_it(program, whole):
 # --- the same run again -------------------------------------------------------------------------------------------
 
 
+def test_compiled_layers_train_the_same_model(program, monkeypatch):
+    """One translation serves all shapes, in training and in evaluation."""
+    from torch._dynamo.utils import counters
+
+    flags = ("--epochs", 1, "--optimizer", "sgd", "--lr", 0.01)
+    expected = weights_of(program.train_quickly("not-compiled", *flags))
+    monkeypatch.setattr(multitask_classifier, "COMPILER", "eager")
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
+    torch._dynamo.reset()
+    counters.clear()
+    found = weights_of(program.train_quickly("compiled", "--compile", *flags))
+    assert 0 < counters["frames"]["ok"] < 40
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-5)
+
+
+def test_compiling_without_a_compiler_is_refused(program, monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert "--compile" in program.refused("no-compiler", "--compile")
+
+
 SCRIPTS = Path(multitask_classifier.__file__).parent
 FREED = """
 import torch, multitask_classifier
