@@ -58,6 +58,8 @@ GROUPS = {
             "SMART, Gaussian form": "--smart --smart_form gaussian",
             "Bregman": "--bregman 1",
             "SLF": "--slf --slf_epochs 0.02",
+            "SLF, longer": "--slf --slf_epochs 0.25 --epoch_size 0.25",
+            "SLF, longer, states kept": "--slf --slf_epochs 0.25 --epoch_size 0.25 --slf_cache",
             "Smart Alternating": "--smart_alternating --epochs 3 --epoch_size 0.05",
             "embed_concat": "--pairs embed_concat",
             "siamese": "--pairs siamese",

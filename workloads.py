@@ -255,8 +255,11 @@ def our_parts(setup, precision, more=""):
     return multitask_classifier.build(flags, our_model(setup, flags), {}, setup.device)
 
 
-def our_step(parts, batches, repeats, phase=None):
-    """A variant that takes our training step on the same batches, phase by phase, as the loop's train_step does it."""
+def our_step(parts, batches, repeats, phase=None, start=lambda batch: None):
+    """A variant that takes our training step on the same batches, phase by phase, as the loop's train_step does it.
+
+    `start(batch)` says where a batch enters the model, as (layer, hidden), or None.
+    """
     model, terms = parts.model, parts.terms.values()
     phase = phase or Phase("full", 1.0, ({model.depth: 1.0},))
     weights = phase.exit_weights[0]
@@ -268,7 +271,7 @@ def our_step(parts, batches, repeats, phase=None):
         losses = {}
         for batch in batches:
             with parts.precision():
-                outputs = model(batch, exits=tuple(weights))
+                outputs = model(batch, start=start(batch), exits=tuple(weights))
             losses[batch.task.name] = sum(term(model, batch, outputs, weights) for term in terms).mean()
         return losses
 
