@@ -149,6 +149,13 @@ class MultitaskBERT(nn.Module):
                     nn.init.constant_(parameter, task.start)
         return heads
 
+    def _apply(self, *how, **kw):
+        """Move or convert the model, all but the thresholds: a GPU must not be waited for to compare with one."""
+        thresholds = self.thresholds
+        super()._apply(*how, **kw)
+        self.thresholds = thresholds
+        return self
+
     def threshold(self, name):
         """Decision threshold of a task."""
         return float(self.thresholds[list(self.tasks).index(name)])

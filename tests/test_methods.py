@@ -1,5 +1,6 @@
 """The extensions together: off is off, on is on, every pair that is not refused trains, and all of it resumes."""
 
+from contextlib import nullcontext
 from copy import deepcopy
 from itertools import combinations
 
@@ -120,6 +121,43 @@ def test_on_is_on(baseline, extended):
 def test_every_extension_does_something_of_its_own(extended):
     """A variant that is taken for another one (a form, a kind, a task's name) would train the same weights."""
     assert [pair for pair in combinations(extended, 2) if not differ(*map(extended.get, pair))] == []
+
+
+# not adversarial SMART, which waits once a step for the flag that its perturbation has not vanished, and not gradient
+# surgery, whose coefficients are computed on the host
+WAITLESS = [
+    "",
+    "--early_exit --pooling mean",
+    "--slf --pairs siamese --sts_loss cosine",
+    "--smart --smart_form gaussian",
+    "--bregman 1",
+    "--lnsr 1 --adapter houlsby",
+    "--accumulate 2 --step all_tasks",
+]
+
+
+@pytest.mark.parametrize("text", WAITLESS)
+def test_a_training_step_never_waits_for_the_device(program, start, text, monkeypatch):
+    """The meta device holds no numbers: what would make the host wait for a GPU's number fails there."""
+    # which does not know the meta device; in float32 it is off anyway
+    monkeypatch.setattr(torch, "autocast", lambda *how, **kw: nullcontext())
+    flags, given, _ = parse_flags(["--batch_size", "2", "--data_dir", str(program.data), *text.split()])
+    check_flags(flags, given)
+    tokenizer, bert, _ = start
+    tasks, device = task_table(flags), torch.device("meta")
+    data = read_data(flags, tasks, tokenizer)[0]
+    parts = build(flags, build_model(flags, tasks, deepcopy(bert)).to(device), data, device)
+    assert parts.model.thresholds.device.type == "cpu"
+    phase = next(parts.plan())
+    parameters = set_trainable(parts.model, phase, parts.may_train)
+    optimizer = parts.make_optimizer(parameters)
+    for step in phase_steps(parts, phase, 0.0)[:3]:
+        results, _ = train_step(parts, optimizer, step, phase.exit_weights[0], 1.0)
+        for term in parts.terms.values():
+            if hasattr(term, "after_step"):
+                term.after_step(parts.model, 0.0)
+        assert all(value.is_meta for _, _, values in results for value in values.values())
+    assert len(optimizer.state) > 0
 
 
 def overrides(second, first):
