@@ -38,9 +38,13 @@ GROUPS = {
     "core": (
         "--epochs 3 --batch_size 16",
         {
-            "finetune, seed 1": "--seed 1 --lr 1e-4 --step one_task",
-            "finetune, seed 2": "--seed 2",
-            "finetune, seed 3": "--seed 3",
+            "mean pooling, seed 1": "--pooling mean --hidden_dropout_prob 0.1 --seed 1",
+            "mean pooling, seed 2": "--pooling mean --hidden_dropout_prob 0.1 --seed 2",
+            "mean pooling, seed 3": "--pooling mean --hidden_dropout_prob 0.1 --seed 3",
+            "[CLS], seed 1": "--seed 1 --lr 1e-4 --step one_task",
+            "[CLS], seed 2": "--seed 2",
+            "[CLS], seed 3": "--seed 3",
+            "mean pooling, heads' dropout 0.3": "--pooling mean --seed 1",
             "transformers": "peer.py --epochs 4 --lr 5e-5 --batch_size 16 --seed 1 --precision bf16",
             "pretrain (BERT frozen)": "--option pretrain --seed 1 --epochs 10",
             "SST alone, last linear layer": "--tasks sst --option pretrain --seed 1 --epochs 10",
@@ -202,20 +206,44 @@ def read_labels(folder, task):
         return {row["id"]: float(row["gold"]) for row in csv.DictReader(file) if row["gold"]}
 
 
-def compare_runs(first, second):
-    """The first run's norm against the second's by paired bootstrap, both at their best epoch."""
+def compare_runs(ours, other):
+    """The mean norm of some runs against another run's, by paired bootstrap over the dev rows, at their best epochs."""
     parts = []
     for task in build_tasks().values():
-        labels = read_labels(first, task)
-        values = [read_predictions(folder, task) for folder in (first, second)]
-        columns = (np.array([found[key] for key in labels]) for found in (*values, labels))
+        labels = read_labels(ours[0], task)
+        found = [read_predictions(folder, task) for folder in (*ours, other)]
+        values = np.array([[predicted[key] for predicted in found] for key in labels])  # [rows, runs]
 
         def metric(predicted, gold, task=task):
-            return normalise(task, METRICS[task.metric](predicted, gold))
+            return np.mean([normalise(task, METRICS[task.metric](run, gold)) for run in predicted.T])
 
-        parts.append((*columns, metric))
+        parts.append((values[:, :-1], values[:, -1:], np.array(list(labels.values())), metric))
     difference, (low, high), not_better = paired_bootstrap(parts)
     return {"difference": difference, "low": low, "high": high, "not_better": not_better}
+
+
+def compare_seeds(rows, runs):
+    """Compare every row that is one of a recipe's seeds with transformers, and all seeds of a recipe together."""
+    other, recipes = runs / slug("transformers"), {}
+    if not (other / "summary.json").exists():
+        return
+    for row in rows:
+        recipe, seed, _ = row["name"].partition(", seed ")
+        if seed:
+            row["against_peer"] = compare_runs([runs / slug(row["name"])], other)
+            recipes.setdefault(recipe, []).append(row)
+    for mine in recipes.values():
+        together = compare_runs([runs / slug(row["name"]) for row in mine], other)
+        mine[-1]["together_against_peer"] = together | {"runs": len(mine)}
+
+
+def told_difference(name, found):
+    """A sentence about one comparison."""
+    return (
+        f"{name} against transformers, norm of the best epochs, paired bootstrap over the dev rows: "
+        f"{found['difference']:+.4f} (95% {found['low']:+.4f} to {found['high']:+.4f}; not better in "
+        f"{found['not_better']:.1%} of 10,000 resamples)."
+    )
 
 
 def table(group, rows):
@@ -237,11 +265,9 @@ def table(group, rows):
     ]
     for row in rows:
         if found := row.get("against_peer"):
-            notes.append(
-                f"{row['name']} against transformers, norm of the best epochs, paired bootstrap over the dev rows: "
-                f"{found['difference']:+.4f} (95% {found['low']:+.4f} to {found['high']:+.4f}; not better in "
-                f"{found['not_better']:.1%} of 10,000 resamples)."
-            )
+            notes.append(told_difference(row["name"], found))
+        if found := row.get("together_against_peer"):
+            notes.append(told_difference(f"Mean of the {found['runs']} seeds above", found))
         if found := row.get("sweep"):
             full, left = found["full depth"], found["auto"]
             notes.append(
@@ -307,11 +333,9 @@ def main(argv=None):
         row = folder and read_row(args.group, name, folder)
         if row:
             rows.append(row)
-            other = args.runs / args.group / "transformers"
-            if name.startswith("finetune") and (other / "summary.json").exists():
-                row["against_peer"] = compare_runs(folder, other)
         else:
             print(f"no result: {name}")
+    compare_seeds(rows, args.runs / args.group)
     if rows and not args.only:
         write_whole(HERE / "results" / f"{args.group}.json", json.dumps(rows, indent=1))
         write_whole(HERE / "results" / f"{args.group}.md", table(args.group, rows))

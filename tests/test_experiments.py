@@ -7,6 +7,7 @@ import pytest
 import experiments
 import peer
 from flags import check_flags, parse_flags, per_task
+from tasks import build_tasks
 
 ROWS = [(group, name) for group, (_, rows) in experiments.GROUPS.items() for name in rows]
 
@@ -86,3 +87,33 @@ def test_the_goals_of_the_benchmark_come_from_its_report(tmp_path):
 @pytest.mark.parametrize("entries", [["sst=0.9", "0.5"], ["0.5", "sst=0.9"]])
 def test_an_entry_that_names_a_task_wins(entries):
     assert per_task(entries, "--flag", ["sst", "sts"], float) == {"sst": 0.9, "sts": 0.5}
+
+
+def write_predictions(folder, values, gold):
+    """Dev predictions of every task in a run's two formats; the runs agree on the labels."""
+    (folder / "predictions").mkdir(parents=True)
+    (folder / "summary.json").write_text("{}")
+    for task in build_tasks().values():
+        lines = [task.header, *(f"{i} , {value} " for i, value in enumerate(values))]
+        (folder / "predictions" / f"{task.name}-dev-output.csv").write_text("\n".join(lines) + "\n")
+        lines = ["id,gold", *(f"{i},{label}" for i, label in enumerate(gold))]
+        (folder / "predictions" / f"{task.name}-dev-readable.csv").write_text("\n".join(lines) + "\n")
+
+
+def test_seeds_are_compared_one_by_one_and_together(tmp_path):
+    """Right, half right and wrong against wrong: accuracies 1, 1/2, 0 and correlations 1, 0, -1, of which norm."""
+    gold = [0, 1] * 40
+    wrong = [1 - label for label in gold]
+    runs = {"a-seed-1": gold, "a-seed-2": [0, 1, 1, 0] * 20, "b-seed-1": wrong, "transformers": wrong}
+    for name, values in runs.items():
+        write_predictions(tmp_path / name, values, gold)
+    rows = [{"name": name} for name in ("a, seed 1", "a, seed 2", "b, seed 1", "another row")]
+    experiments.compare_seeds(rows, tmp_path)
+    assert [row["against_peer"]["difference"] for row in rows[:3]] == pytest.approx([1, 0.5, 0])
+    assert rows[1]["together_against_peer"]["difference"] == pytest.approx(0.75)
+    assert rows[1]["together_against_peer"]["runs"] == 2
+    found = rows[1]["against_peer"]
+    assert (
+        found["low"] < 0.5 < found["high"] and found["not_better"] == 0 and rows[2]["against_peer"]["not_better"] == 1
+    )
+    assert "together_against_peer" not in rows[0] and rows[3] == {"name": "another row"}
