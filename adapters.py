@@ -112,7 +112,7 @@ class ProjectedAttention(nn.Module):
         key = self.split_heads(self.key(x))
         value = self.split_heads(self.value(x))
         scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])  # [b,h,s,s]
-        gathered = torch.softmax(scores + extended_mask, dim=-1) @ value  # [b,h,s,k]
+        gathered = torch.softmax(scores + extended_mask.to(scores.dtype), dim=-1) @ value  # [b,h,s,k]
         return gathered.transpose(1, 2).flatten(2)  # [b,s,h,k], [b,s,m]
 
 

@@ -30,6 +30,7 @@ import time
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
 try:
@@ -48,6 +49,7 @@ from early_exit import ExitInference, choose_policies
 from errors import InputError, run_script
 from evaluation import evaluate, full_depth, predict, score, summarise
 from flags import positive_int
+from frozen import KeptStates
 from gradients import Sum
 from optimizer import AdamW, parameter_groups
 from peer import MAX_LENGTH, WEIGHT_DECAY, cut, import_transformers
@@ -362,19 +364,21 @@ def benchmark_optimizer(setup, folder):
 
 def kept_below(parts, batch, layer):
     """The start of stage 1's step for a layer with --slf_cache: kept states climb one layer, then they enter it."""
-    model, masks = parts.model, parts.model.masks(batch)
+    if layer == 1:
+        return lambda batch: None
+    rows = np.arange(len(batch))
+    data = SimpleNamespace(lengths=lambda: np.zeros(len(batch)), batch=lambda rows: batch)
+    how = (parts.model, {batch.task.name: (data, rows)})
+    lower = KeptStates()
+    lower.climb(*how, layer - 2, len(batch), parts.precision)
 
-    @torch.no_grad()
-    def climb(hidden, first, last):
-        model.eval()
-        for _, deeper in model.encode(hidden, masks, batch.task, first, last):
-            hidden = deeper
-        model.train()
-        return hidden
+    def start(batch):
+        kept = KeptStates()
+        kept.layer, kept.states = lower.layer, dict(lower.states)
+        kept.climb(*how, layer - 1, len(batch), parts.precision)
+        return kept.start(parts.model, batch, rows)
 
-    with torch.no_grad(), parts.precision():
-        lower = climb(model.embed(batch), 0, layer - 2) if layer > 1 else None
-    return lambda batch: None if layer == 1 else (layer - 1, climb(lower, layer - 2, layer - 1))
+    return start
 
 
 def benchmark_slf(setup, folder):

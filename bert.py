@@ -51,7 +51,7 @@ def attend_plain(query, key, value, extended_mask, dropout):
     Shapes: query, key, value [b,h,s,k], extended_mask [b,1,1,s]; returns [b,h,s,k].
     """
     scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])  # [b,h,s,s]
-    # a mask of the scores' own dtype: a wider one would widen all [b,h,s,s] numbers after it under autocast
+    # a mask of the scores' own dtype: on a CPU a wider one would widen all [b,h,s,s] numbers after it under autocast
     weights = dropout(torch.softmax(scores + extended_mask.to(scores.dtype), dim=-1))
     return weights @ value
 

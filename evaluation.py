@@ -66,7 +66,7 @@ def full_depth(model, batch):
     return at_exit(model.depth)(model, batch)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def run_batches(model, data, rows, function, batch_size, precision, progress):
     """Apply `function(model, batch)`, which gives a tuple of tensors [b,...], to rows of a dataset.
 
@@ -78,7 +78,7 @@ def run_batches(model, data, rows, function, batch_size, precision, progress):
     model.eval()
     results = []
     starts = deal(range(0, len(rows), batch_size))
-    # one context for all batches: autocast then casts the weights once
+    # one context for all batches, and not inference mode, in which autocast forgets: so the weights are cast once
     with precision():
         for start in tqdm(starts, f"predict {data.task.name}", disable=not progress, leave=False):
             batch = data.batch(rows[order[start : start + batch_size]]).to(device)

@@ -232,7 +232,7 @@ def compare_seeds(rows, runs):
         if seed:
             row["against_peer"] = compare_runs([runs / slug(row["name"])], other)
             recipes.setdefault(recipe, []).append(row)
-    for mine in recipes.values():
+    for mine in (rows for rows in recipes.values() if len(rows) > 1):
         together = compare_runs([runs / slug(row["name"]) for row in mine], other)
         mine[-1]["together_against_peer"] = together | {"runs": len(mine)}
 

@@ -87,10 +87,10 @@ LEARNING_RATES = {
 # room for the special tokens of any pair encoding and one word
 SHORTEST = 5
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
-# what --compile uses
-COMPILER = "inductor"
-# glibc's names for the sizes from which it gives freed memory back, and the largest size that it takes
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, LARGEST = -1, -3, 2**31 - 1
+# what --compile uses, and how many variants of a layer it may translate
+COMPILER, TRANSLATIONS = "inductor", 128
+# glibc's names for the sizes from which it gives freed memory back, and the largest sizes that it takes (before 2.35)
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, LARGEST, LARGEST_BEFORE = -1, -3, 2**31 - 1, 2**25
 
 
 # --- the model ----------------------------------------------------------------------------------------------------
@@ -360,15 +360,19 @@ class Progress:
     eval_seconds: float = 0.0
 
 
-def phase_steps(parts, phase, position):
-    """The steps of a phase: each a list of (task, rows); a pure function of seed and position."""
+def phase_rows(parts, phase, position):
+    """The rows of each task that a phase may use, {task: rows}: a pure function of seed and position."""
     usable = {name: splits["train"].usable for name, splits in parts.data.items()}
     sizes = {name: len(rows) for name, rows in usable.items()}
     rows_from = position if phase.rows_from is None else phase.rows_from
     rows = epoch_rows(sizes, parts.split, rows_from, phase.fraction, parts.seed)
+    return {name: usable[name][chosen] for name, chosen in rows.items()}
+
+
+def phase_steps(parts, phase, position):
+    """The steps of a phase: each a list of (task, rows); a pure function of seed and position."""
     batches = {}
-    for name, chosen in rows.items():
-        chosen = usable[name][chosen]
+    for name, chosen in phase_rows(parts, phase, position).items():
         rng = generator(parts.seed, "batches", name, position)
         lengths = parts.data[name]["train"].lengths()[chosen]
         size = parts.batch_size * parallel.world_size() * parts.accumulate
@@ -410,8 +414,8 @@ def train_step(parts, optimizer, step, exit_weights, multiplier):
             positions, weight = parallel.share(len(together))
             batch = data.batch(together, positions).to(parts.device)
             with parts.precision():
-                start = parts.kept.start(parts.model, batch, together[positions])
-                outputs = parts.model(batch, start=start, exits=tuple(exit_weights))
+                below = parts.kept.start(parts.model, batch, together[positions])
+                outputs = parts.model(batch, start=below, exits=tuple(exit_weights))
             values = {
                 key: weight * term(parts.model, batch, outputs, exit_weights) for key, term in parts.terms.items()
             }
@@ -550,15 +554,19 @@ def log_steps(parts, folder, phase, progress, optimizer, pending, seconds):
     return f"{losses} {count / seconds:.0f} ex/s"
 
 
-def keep_states(parts, phase, steps):
-    """Compute what enters the layer in training, for the examples of `steps`; forget it where nothing is frozen."""
+def keep_states(parts, phase, position, signals):
+    """Compute what enters the layer in training for a phase's examples; forget it where nothing is frozen.
+
+    Raises: Interrupted at once on SIGINT or SIGTERM: last.pt already holds what came before.
+    """
     if not phase.frozen_below:
         return parts.kept.forget()
-    rows = {}
-    for name, chosen in (pair for step in steps for pair in step):
-        rows.setdefault(name, []).append(chosen)
-    examples = {name: (parts.data[name]["train"], np.unique(np.concatenate(chosen))) for name, chosen in rows.items()}
-    parts.kept.climb(parts.model, examples, phase.frozen_below, parts.eval_batch_size, parts.precision)
+    rows = phase_rows(parts, phase, position)
+    examples = {name: (parts.data[name]["train"], chosen) for name, chosen in rows.items()}
+    signals.immediate = True
+    how = (parts.eval_batch_size, parts.precision, parallel.progress_bars())
+    parts.kept.climb(parts.model, examples, phase.frozen_below, *how)
+    signals.immediate = False
 
 
 def train_phase(parts, folder, phase, progress, optimizer, signals):
@@ -569,7 +577,7 @@ def train_phase(parts, folder, phase, progress, optimizer, signals):
     """
     started = time.monotonic()
     steps = phase_steps(parts, phase, progress.epochs)
-    keep_states(parts, phase, steps)
+    keep_states(parts, phase, progress.epochs, signals)
     k, n = phase.stretch
     quiet = not parallel.progress_bars()
     pending, logged_at = [], time.monotonic()
@@ -709,21 +717,23 @@ def keep_freed_memory():
     touch: the gradient of the word embeddings alone, 47 MB, took 15 to 77 ms of a step of 600, and 10 so.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    for option in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
-        if mallopt:
-            mallopt(option, LARGEST)
+    if mallopt:
+        mallopt(M_TRIM_THRESHOLD, LARGEST)
+        mallopt(M_MMAP_THRESHOLD, LARGEST) or mallopt(M_MMAP_THRESHOLD, LARGEST_BEFORE)
 
 
-def compile_layers(bert, device, compiler):
-    """Let torch.compile translate the layers, at the first step and once for all batch sizes and lengths.
+def compile_layers(bert, device, backend):
+    """Let torch.compile translate the layers, at the first step and for all batch sizes and lengths above 1.
 
     Raises: InputError where what it writes for a CPU cannot be compiled.
     """
-    compilers = (os.environ.get("CXX") or "g++", "clang++")
-    if compiler == "inductor" and device.type == "cpu" and not any(map(shutil.which, compilers)):
-        raise InputError(f"--compile: needs a C++ compiler, and there is no {' or '.join(compilers)}: install one")
+    compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
+    if backend == "inductor" and device.type == "cpu" and not shutil.which(compiler):
+        raise InputError(f"--compile: needs a C++ compiler, and there is no {compiler}: install it, or set CXX")
+    # a translation per task, adapter and frozen part; the layers share them
+    torch._dynamo.config.recompile_limit = TRANSLATIONS
     for layer in bert.bert_layers:
-        layer.compile(dynamic=True, backend=compiler)
+        layer.compile(dynamic=True, backend=backend)
 
 
 def make_precision(name, device):
@@ -879,14 +889,14 @@ def build_exit_settings(flags, tasks):
 def build(flags, model, data, device):
     """Fill the loop's slots: with its helpers above, the only place that decides by flags."""
     keep_freed_memory()
+    if flags["compile"]:
+        compile_layers(model.bert, device, COMPILER)
     precision = make_precision(flags["precision"], device)
     trained_set, may_train = build_trainable(flags)
     if trained_set == "pretrain" and not has_exits(flags) and flags["smart"] is None:
         for splits in data.values():
             for dataset in splits.values():
                 cache_features(model, dataset, flags["eval_batch_size"], precision)
-    if flags["compile"]:
-        compile_layers(model.bert, device, COMPILER)
     for_small, for_large = LEARNING_RATES[flags["optimizer"]][trained_set]
     learning_rate = flags["lr"] or (for_small if model.bert.config.hidden_size <= SMALL else for_large)
 
@@ -969,11 +979,16 @@ class SavedRun:
     infer: Callable
 
 
+def recorded_flags(config):
+    """A run's flags; one that is younger than the run has its default, with which nothing changes."""
+    return parse_flags([])[0] | config["flags"]
+
+
 def load_run(path, device, given=None):
     """Load a saved run; flags in `given` override what the run was trained with."""
     folder = RunFolder(path)
     config = folder.config()
-    flags = config["flags"] | (given or {})
+    flags = recorded_flags(config) | (given or {})
     tokenizer = BertTokenizer.from_pretrained(folder.path)
     bert = BertModel(BertConfig(**config["bert"]), attention=flags["attention"])
     model = build_model(flags, task_table(flags), bert)
@@ -1005,7 +1020,8 @@ def evaluate_run(flags, given):
     for name, path in files.items():
         if before.get(name) != sha256(path):
             print(f"note: {path} is not a file of the training run: do not compare its scores with that run's")
-    parts = build(run.flags | {"option": "finetune"}, run.model, data, device)
+    # a few hundred batches are sooner done than the layers translated
+    parts = build(run.flags | {"option": "finetune", "compile": False}, run.model, data, device)
     folder = Path(flags["run_dir"]) / "evaluate"
     if levels:
         close_sweep(run.model, parts.dev(), folder, parts.exit_settings, levels, parts.how())
@@ -1019,7 +1035,7 @@ def start_run(flags, given, defaults):
     if flags["resume"]:
         config = folder.config()
         check_same_run(config, flags, given)
-        flags = config["flags"] | {name: flags[name] for name in given & FREE_FLAGS}
+        flags = recorded_flags(config) | {name: flags[name] for name in given & FREE_FLAGS}
     else:
         folder.refuse_existing(flags["overwrite"])
     # dropout differs between processes, all other random numbers come from generators that are alike
@@ -1078,7 +1094,7 @@ def start_run(flags, given, defaults):
         half = max(1, flags["batch_size"] // 2)
         raise InputError(
             f"--batch_size {flags['batch_size']}: the GPU is out of memory: try --batch_size {half} "
-            f"--accumulate {2 * flags['accumulate']}, which computes the same"
+            f"--accumulate {2 * flags['accumulate']}, which computes the same (or leave out --slf_cache, if given)"
         ) from None
 
 

@@ -2,7 +2,6 @@
 
 import csv
 import tracemalloc
-from contextlib import contextmanager
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,7 +9,9 @@ import pytest
 import scipy.stats
 import sklearn.metrics
 import torch
+from tiny import make_model
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from datasets import read_dataset
 from errors import InputError
@@ -290,19 +291,26 @@ def test_an_inference_policy_replaces_full_depth(make_data):
     assert found.outputs[:, 0].tolist() == data.lengths().tolist()
 
 
-def test_one_precision_context_serves_all_batches_of_a_prediction(make_data):
-    """Autocast casts the weights once per context."""
-    data, opened = make_data("sst", random_rows("x", [0, 1, 2, 3, 4, 0, 1])), []
+class CountCasts(TorchDispatchMode):
+    """Counts the copies to bfloat16 of tensors of one shape."""
 
-    @contextmanager
-    def precision():
-        opened.append(len(model.widths))
-        yield
-        opened.append(len(model.widths))
+    def __init__(self, shape):
+        super().__init__()
+        self.shape, self.count = shape, 0
 
-    model = FakeModel(5)
-    predict(model, data, batch_size=2, precision=precision)
-    assert opened == [0, 4]
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is torch.ops.aten._to_copy.default and kwargs.get("dtype") is torch.bfloat16:
+            self.count += args[0].shape == self.shape
+        return function(*args, **kwargs)
+
+
+def test_autocast_casts_the_weights_once_for_all_batches_of_a_prediction(make_data):
+    data = make_data("sst", random_rows("x", [0, 1, 2, 3, 4, 0, 1]))
+    model = make_model(TASKS, layers=3, dtype=torch.float32)
+    with CountCasts(model.bert.bert_layers[0].interm_dense.weight.shape) as casts:
+        predict(model, data, batch_size=2, precision=lambda: torch.autocast("cpu", torch.bfloat16))
+    assert casts.count == 3
 
 
 def test_the_threshold_of_the_model_decides(make_data):

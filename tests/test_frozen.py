@@ -1,5 +1,6 @@
 """Kept states of frozen layers: those of a whole pass, in fewer layer calls, and no change of the result."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,7 +12,6 @@ from datasets import read_dataset
 from errors import InputError
 from flags import check_flags, parse_flags
 from frozen import KeptStates
-from multitask_classifier import nullcontext
 from tasks import build_tasks
 from tokenizer import BertTokenizer
 
@@ -112,10 +112,23 @@ def test_without_dropout_the_cache_changes_no_weight(program, monkeypatch):
     assert max(float((other[name] - tensor).abs().max()) for name, tensor in recomputed.items()) > 1e-4
 
 
+@pytest.mark.parametrize("sampler", ["random", "sqrt"])
+def test_every_phase_climbs_one_layer(program, monkeypatch, sampler):
+    """The examples of stage 1 are the same in all phases, whichever of them a sampler takes."""
+    weights, climbed = write_weights(program.folder / f"four-layers-{sampler}", layers=4), []
+    step = KeptStates.step
+    monkeypatch.setattr(KeptStates, "step", lambda *given: climbed.append((given[-1], len(given[-2]))) or step(*given))
+    program.train_quickly(f"climb-{sampler}", *CACHED, "--weights", weights, "--epochs", 1, "--sampler", sampler)
+    layers = [layer for layer, _ in climbed]
+    assert layers == sorted(layers) and set(layers) == {1, 2, 3}
+    assert len({sum(count for layer, count in climbed if layer == i) for i in (1, 2, 3)}) == 1
+
+
 def test_a_run_killed_in_stage_1_ends_like_one_that_was_never_stopped(program, kill):
-    flags = (*CACHED, "--keep_last", "--save_every", 0.00001)
+    weights = write_weights(program.folder / "three-layers", layers=3)
+    flags = (*CACHED, "--weights", weights, "--keep_last", "--save_every", 0.00001)
     whole = program.train("frozen-whole", *flags)
-    steps = [line["step"] for line in log_of(whole) if line["kind"] == "step" and "layer 2" in line["phase"]]
+    steps = [line["step"] for line in log_of(whole) if line["kind"] == "step" and "layer 3" in line["phase"]]
     kill(program.command("frozen-killed", *flags), "multitask_classifier", "train_step", steps[-1])
     resumed = program.train("frozen-killed", *flags, "--resume")
     expected, found = weights_of(whole), weights_of(resumed)
