@@ -38,13 +38,13 @@ GROUPS = {
     "core": (
         "--epochs 3 --batch_size 16",
         {
-            "mean pooling, seed 1": "--pooling mean --hidden_dropout_prob 0.1 --seed 1",
-            "mean pooling, seed 2": "--pooling mean --hidden_dropout_prob 0.1 --seed 2",
-            "mean pooling, seed 3": "--pooling mean --hidden_dropout_prob 0.1 --seed 3",
+            "mean pooling, seed 1": "--pooling mean --seed 1",
+            "mean pooling, seed 2": "--pooling mean --seed 2",
+            "mean pooling, seed 3": "--pooling mean --seed 3",
             "[CLS], seed 1": "--seed 1 --lr 1e-4 --step one_task",
             "[CLS], seed 2": "--seed 2",
             "[CLS], seed 3": "--seed 3",
-            "mean pooling, heads' dropout 0.3": "--pooling mean --seed 1",
+            "mean pooling, heads' dropout 0.1": "--pooling mean --hidden_dropout_prob 0.1 --seed 1",
             "transformers": "peer.py --epochs 4 --lr 5e-5 --batch_size 16 --seed 1 --precision bf16",
             "pretrain (BERT frozen)": "--option pretrain --seed 1 --epochs 10",
             "SST alone, last linear layer": "--tasks sst --option pretrain --seed 1 --epochs 10",
