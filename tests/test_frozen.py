@@ -84,7 +84,7 @@ def test_nothing_kept_starts_nowhere():
 
 def test_without_dropout_the_cache_changes_no_weight(program, monkeypatch):
     """Stage 1 and stage 2 on the same examples, with kept states and without, differ by rounding alone."""
-    weights = write_weights(program.folder / "frozen-weights", dropout=0.0)
+    weights = write_weights(program.folder / "kept-weights", dropout=0.0)
     usual = (
         *CACHED,
         "--weights",
@@ -100,10 +100,10 @@ def test_without_dropout_the_cache_changes_no_weight(program, monkeypatch):
     )
     torch.set_default_dtype(torch.float64)
     try:
-        kept = weights_of(program.train_quickly("frozen", *usual))
+        kept = weights_of(program.train_quickly("kept", *usual))
         monkeypatch.setattr(KeptStates, "climb", lambda *given: None)
-        recomputed = weights_of(program.train_quickly("recomputed", *usual))
-        other = weights_of(program.train_quickly("not-frozen", *[flag for flag in usual if flag != "--slf_cache"]))
+        recomputed = weights_of(program.train_quickly("kept-not", *usual))
+        other = weights_of(program.train_quickly("kept-without", *[flag for flag in usual if flag != "--slf_cache"]))
     finally:
         torch.set_default_dtype(torch.float32)
     for name, tensor in recomputed.items():
@@ -115,22 +115,22 @@ def test_without_dropout_the_cache_changes_no_weight(program, monkeypatch):
 @pytest.mark.parametrize("sampler", ["random", "sqrt"])
 def test_every_phase_climbs_one_layer(program, monkeypatch, sampler):
     """The examples of stage 1 are the same in all phases, whichever of them a sampler takes."""
-    weights, climbed = write_weights(program.folder / f"four-layers-{sampler}", layers=4), []
+    weights, climbed = write_weights(program.folder / f"kept-four-layers-{sampler}", layers=4), []
     step = KeptStates.step
     monkeypatch.setattr(KeptStates, "step", lambda *given: climbed.append((given[-1], len(given[-2]))) or step(*given))
-    program.train_quickly(f"climb-{sampler}", *CACHED, "--weights", weights, "--epochs", 1, "--sampler", sampler)
+    program.train_quickly(f"kept-climb-{sampler}", *CACHED, "--weights", weights, "--epochs", 1, "--sampler", sampler)
     layers = [layer for layer, _ in climbed]
     assert layers == sorted(layers) and set(layers) == {1, 2, 3}
     assert len({sum(count for layer, count in climbed if layer == i) for i in (1, 2, 3)}) == 1
 
 
 def test_a_run_killed_in_stage_1_ends_like_one_that_was_never_stopped(program, kill):
-    weights = write_weights(program.folder / "three-layers", layers=3)
+    weights = write_weights(program.folder / "kept-three-layers", layers=3)
     flags = (*CACHED, "--weights", weights, "--keep_last", "--save_every", 0.00001)
-    whole = program.train("frozen-whole", *flags)
+    whole = program.train("kept-whole", *flags)
     steps = [line["step"] for line in log_of(whole) if line["kind"] == "step" and "layer 3" in line["phase"]]
-    kill(program.command("frozen-killed", *flags), "multitask_classifier", "train_step", steps[-1])
-    resumed = program.train("frozen-killed", *flags, "--resume")
+    kill(program.command("kept-killed", *flags), "multitask_classifier", "train_step", steps[-1])
+    resumed = program.train("kept-killed", *flags, "--resume")
     expected, found = weights_of(whole), weights_of(resumed)
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
