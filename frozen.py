@@ -4,7 +4,7 @@ Read first: slf.py. Stage 1 of Sequential Layer Focus trains layer i on layers t
 learn from the same examples (`--slf_cache`), the states that enter layer i are those that entered layer i - 1, one
 layer further: a step then runs layer i alone, and the states climb one layer per phase instead of i - 1 per step.
 
-They take 4 d bytes for every token of the stretch's examples: 0.3 GB for a quarter of an epoch of the equal split with
+They take 4 d bytes for every token of the stretch's examples: .25 GB for a quarter of an epoch of the equal split with
 the small weights, twice that with bert-base.
 
 Differs: BERTer does not say how the frozen layers run. Without the cache they run as in training, dropout included, and
