@@ -276,12 +276,11 @@ def check_flags(flags, given):
             f"--slf_cache keeps the states of one epoch at most: --slf_epochs {flags['slf_epochs']:g} is too long",
         ),
         *(
-            (flags["slf_cache"] and flags[name], f"--slf_cache keeps what --{name} would change: leave one of them out")
-            for name in ("bregman", "lnsr")
-        ),
-        (
-            flags["slf_cache"] and flags["smart"] is not None,
-            "--slf_cache keeps what --smart would change: leave one of them out",
+            (
+                flags["slf_cache"] and flags[name] not in (0.0, None),
+                f"--slf_cache keeps what --{name} would change: leave one of them out",
+            )
+            for name in ("smart", "bregman", "lnsr")
         ),
         (
             flags["gradients"] != "sum" and flags["step"] == "one_task",

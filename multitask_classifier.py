@@ -714,7 +714,7 @@ def keep_freed_memory():
     """Let the C library keep large freed blocks for the next step, where it is glibc (Linux).
 
     By default it gives them back to the system, and the next step's come anew, to be zeroed page by page at their first
-    touch: the gradient of the word embeddings alone, 47 MB, took 15 to 77 ms of a step of 600, and 10 so.
+    touch: the gradient of the word embeddings alone, 47 MB, took 76 ms of a step of 600; kept, it takes 10 to 36.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt:
