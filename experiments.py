@@ -45,7 +45,9 @@ GROUPS = {
             "[CLS], seed 2": "--seed 2",
             "[CLS], seed 3": "--seed 3",
             "mean pooling, heads' dropout 0.1": "--pooling mean --hidden_dropout_prob 0.1 --seed 1",
-            "transformers": "peer.py --epochs 4 --lr 5e-5 --batch_size 16 --seed 1 --precision bf16",
+            "transformers, seed 1": "peer.py --epochs 4 --lr 5e-5 --batch_size 16 --seed 1 --precision bf16",
+            "transformers, seed 2": "peer.py --epochs 4 --lr 5e-5 --batch_size 16 --seed 2 --precision bf16",
+            "transformers, seed 3": "peer.py --epochs 4 --lr 5e-5 --batch_size 16 --seed 3 --precision bf16",
             "pretrain (BERT frozen)": "--option pretrain --seed 1 --epochs 10",
             "SST alone, last linear layer": "--tasks sst --option pretrain --seed 1 --epochs 10",
             "SST alone, full model": "--tasks sst --seed 1",
@@ -206,43 +208,70 @@ def read_labels(folder, task):
         return {row["id"]: float(row["gold"]) for row in csv.DictReader(file) if row["gold"]}
 
 
-def compare_runs(ours, other):
-    """The mean norm of some runs against another run's, by paired bootstrap over the dev rows, at their best epochs."""
+def compare_runs(ours, others):
+    """The mean norm of some runs against that of others, by paired bootstrap over the dev rows, at their best epochs.
+
+    The runs stay the same in every resample, so that the interval says nothing about other seeds.
+    """
     parts = []
     for task in build_tasks().values():
         labels = read_labels(ours[0], task)
-        found = [read_predictions(folder, task) for folder in (*ours, other)]
+        found = [read_predictions(folder, task) for folder in (*ours, *others)]
         values = np.array([[predicted[key] for predicted in found] for key in labels])  # [rows, runs]
 
         def metric(predicted, gold, task=task):
             return np.mean([normalise(task, METRICS[task.metric](run, gold)) for run in predicted.T])
 
-        parts.append((values[:, :-1], values[:, -1:], np.array(list(labels.values())), metric))
+        first, second = np.split(values, [len(ours)], axis=1)
+        parts.append((first, second, np.array(list(labels.values())), metric))
     difference, (low, high), not_better = paired_bootstrap(parts)
     return {"difference": difference, "low": low, "high": high, "not_better": not_better}
 
 
 def compare_seeds(rows, runs):
-    """Compare every row that is one of a recipe's seeds with transformers, and all seeds of a recipe together."""
-    other, recipes = runs / slug("transformers"), {}
-    if not (other / "summary.json").exists():
-        return
+    """Compare with transformers: every row that is one of a recipe's seeds, and all seeds of a recipe together.
+
+    Each time the other side is the mean of all seeds that transformers was run with.
+    """
+    recipes = {}
     for row in rows:
         recipe, seed, _ = row["name"].partition(", seed ")
         if seed:
-            row["against_peer"] = compare_runs([runs / slug(row["name"])], other)
             recipes.setdefault(recipe, []).append(row)
-    for mine in (rows for rows in recipes.values() if len(rows) > 1):
-        together = compare_runs([runs / slug(row["name"]) for row in mine], other)
-        mine[-1]["together_against_peer"] = together | {"runs": len(mine)}
+    others = [runs / slug(row["name"]) for row in recipes.pop("transformers", ())]
+    for mine in recipes.values() if others else ():
+        folders = [runs / slug(row["name"]) for row in mine]
+        for row, folder in zip(mine, folders, strict=True):
+            row["against_peer"] = compare_runs([folder], others)
+        if len(mine) > 1:
+            mine[-1]["together_against_peer"] = compare_runs(folders, others) | {"runs": len(mine)}
 
 
-def told_difference(name, found):
-    """A sentence about one comparison."""
+def comparison_table(rows):
+    """The comparisons with transformers as a table in Markdown; nothing where there are none."""
+    lines = []
+    for row in rows:
+        together = row.get("together_against_peer", {})
+        name = row["name"].partition(", seed ")[0] + f", mean of {together.get('runs')} seeds"
+        for told, found in ((row["name"], row.get("against_peer")), (name, together)):
+            if found:
+                lines.append(
+                    f"| {told} | {found['difference']:+.4f} | {found['low']:+.4f} to {found['high']:+.4f} | "
+                    f"{found['not_better']:.1%} |"
+                )
+    peers = sum(row["name"].startswith("transformers, seed ") for row in rows)
+    head = ["", f"norm minus the mean of transformers' ({peers} seed{'s' * (peers > 1)}), best epochs", "95%"]
     return (
-        f"{name} against transformers, norm of the best epochs, paired bootstrap over the dev rows: "
-        f"{found['difference']:+.4f} (95% {found['low']:+.4f} to {found['high']:+.4f}; not better in "
-        f"{found['not_better']:.1%} of 10,000 resamples)."
+        [
+            "",
+            f"| {' | '.join([*head, 'not better in'])} |",
+            "|---|---|---|---|",
+            *lines,
+            "",
+            "Paired bootstrap: 10,000 resamples of the dev rows, the same rows for both.",
+        ]
+        if lines
+        else []
     )
 
 
@@ -264,10 +293,6 @@ def table(group, rows):
         f"commits {', '.join(commits)}. Seconds are those of a shared machine: no benchmark."
     ]
     for row in rows:
-        if found := row.get("against_peer"):
-            notes.append(told_difference(row["name"], found))
-        if found := row.get("together_against_peer"):
-            notes.append(told_difference(f"Mean of the {found['runs']} seeds above", found))
         if found := row.get("sweep"):
             full, left = found["full depth"], found["auto"]
             notes.append(
@@ -278,7 +303,7 @@ def table(group, rows):
                 f"{left['examples_per_second'] / full['examples_per_second']:.2f} times as many examples a second; "
                 f"at a threshold of .999 {found['0.999']['mean_layers']:.2f} layers."
             )
-    return "\n".join([*lines, "", *notes]) + "\n"
+    return "\n".join([*lines, "", *notes, *comparison_table(rows)]) + "\n"
 
 
 def update_readme(group, content):

@@ -101,19 +101,29 @@ def write_predictions(folder, values, gold):
 
 
 def test_seeds_are_compared_one_by_one_and_together(tmp_path):
-    """Right, half right and wrong against wrong: accuracies 1, 1/2, 0 and correlations 1, 0, -1, of which norm."""
+    """Right, half right and wrong: accuracies 1, 1/2, 0 and correlations 1, 0, -1, of which norm is the mean."""
     gold = [0, 1] * 40
-    wrong = [1 - label for label in gold]
-    runs = {"a-seed-1": gold, "a-seed-2": [0, 1, 1, 0] * 20, "b-seed-1": wrong, "transformers": wrong}
+    wrong, half = [1 - label for label in gold], [0, 1, 1, 0] * 20
+    runs = {"a, seed 1": gold, "a, seed 2": half, "b, seed 1": half, "c": gold}
+    runs |= {"transformers, seed 1": wrong, "transformers, seed 2": half}
     for name, values in runs.items():
-        write_predictions(tmp_path / name, values, gold)
-    rows = [{"name": name} for name in ("a, seed 1", "a, seed 2", "b, seed 1", "another row")]
+        write_predictions(tmp_path / experiments.slug(name), values, gold)
+    rows = [{"name": name} for name in runs]
     experiments.compare_seeds(rows, tmp_path)
-    assert [row["against_peer"]["difference"] for row in rows[:3]] == pytest.approx([1, 0.5, 0])
-    assert rows[1]["together_against_peer"]["difference"] == pytest.approx(0.75)
-    assert rows[1]["together_against_peer"]["runs"] == 2
-    found = rows[1]["against_peer"]
-    assert (
-        found["low"] < 0.5 < found["high"] and found["not_better"] == 0 and rows[2]["against_peer"]["not_better"] == 1
-    )
-    assert "together_against_peer" not in rows[0] and rows[3] == {"name": "another row"}
+    first, second, third, *others = rows
+    assert [row["against_peer"]["difference"] for row in rows[:3]] == pytest.approx([0.75, 0.25, 0.25])
+    assert second["together_against_peer"]["difference"] == pytest.approx(0.5)
+    assert second["together_against_peer"]["runs"] == 2
+    found = second["against_peer"]
+    assert found["low"] < 0.25 < found["high"] and first["against_peer"]["not_better"] == 0
+    assert "together_against_peer" not in first and "together_against_peer" not in third
+    assert all(row.keys() == {"name"} for row in others)
+    told = experiments.comparison_table(rows)
+    assert len([line for line in told if line.startswith(("| a", "| b"))]) == 4
+    assert "mean of transformers' (2 seeds)" in told[1] and "| a, mean of 2 seeds | +0.5000 |" in "\n".join(told)
+
+
+def test_without_transformers_nothing_is_compared(tmp_path):
+    rows = [{"name": "a, seed 1"}, {"name": "a, seed 2"}]
+    experiments.compare_seeds(rows, tmp_path)
+    assert experiments.comparison_table(rows) == [] and rows[0] == {"name": "a, seed 1"}
