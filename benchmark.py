@@ -24,7 +24,6 @@ import os
 import random
 import shutil
 import statistics
-import sys
 import tempfile
 import time
 from dataclasses import asdict, replace
@@ -33,14 +32,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
 
-try:
-    import numpy as np
-    import torch
-    from torch import nn
-except ImportError as error:
-    sys.exit(f"error: {error.name} is not installed here: run ./setup.sh --dev once, then use .venv/bin/python")
+# first of ours: it says what to do where torch is not installed
+import multitask_classifier  # isort: skip
+import numpy as np
+import torch
+from torch import nn
 
-import multitask_classifier
 import timing
 from base_bert import BertConfig
 from bert import BertModel
@@ -673,7 +670,9 @@ def main(argv=None):
     # as our program does; the peers are in the same process and have it too, except where memory is measured
     multitask_classifier.keep_freed_memory()
     device = multitask_classifier.choose_device(args.use_gpu)
-    folder, _ = find_data_dir(args.data_dir, build_tasks(), ("train", "dev"))
+    folder, _ = find_data_dir(
+        args.data_dir, [task.file(split) for task in build_tasks().values() for split in ("train", "dev")]
+    )
     sizes, path = choose_sizes(args, device), report_path(args.results, device, args.quick)
     precisions = tuple(args.precision or PRECISIONS)[: 1 if args.quick else None]
     with tempfile.TemporaryDirectory() as drawn:

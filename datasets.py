@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from errors import InputError
+from tasks import TASK_NAMES, build_tasks
 from tokenizer import truncate_pair
 
 SPLITS = ("train", "dev", "test")
@@ -314,7 +315,7 @@ def read_dataset(task, path, tokenizer, max_length=512, labelled=True):
         raise InputError(f"{path}: only a header, no rows: get the file again with ./setup.sh --data")
     dataset.freeze()
     left_out = len(dataset) - len(dataset.usable)
-    if labelled and (left_out > max(1, TOLERATED * len(dataset)) or left_out == len(dataset)):
+    if labelled and left_out > TOLERATED * len(dataset):
         raise InputError(
             f"{path}: {left_out} of {len(dataset)} rows have no label or an empty text, "
             f"above {TOLERATED:.0%}: correct the file"
@@ -322,19 +323,19 @@ def read_dataset(task, path, tokenizer, max_length=512, labelled=True):
     return dataset
 
 
-def find_data_dir(data_dir, tasks, splits=SPLITS, default="data"):
-    """The folder to read from, or data/sample (second value True) where the default folder holds no course file.
+def find_data_dir(data_dir, wanted, may_be_sample=True, default="data"):
+    """The folder to read files from, or data/sample (second value True) where the default holds no course file at all.
 
     Raises: InputError naming what is missing where a folder holds some of the files: never a mixture.
     """
     folder = Path(data_dir) if data_dir else Path(__file__).parent / default
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder: give --data_dir, or get the data with ./setup.sh --data")
-    wanted = [task.file(split) for task in tasks.values() for split in splits]
     missing = [name for name in wanted if not (folder / name).is_file()]
     if not missing:
         return folder, False
-    if data_dir is None and not any(folder.glob("*.csv")):
+    course = {task.file(split) for task in build_tasks(TASK_NAMES).values() for split in SPLITS}
+    if data_dir is None and may_be_sample and not any((folder / name).is_file() for name in course):
         return folder / "sample", True
     raise InputError(f"{folder}: missing {', '.join(missing)}: get them with ./setup.sh --data, or give --data_dir")
 

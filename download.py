@@ -14,9 +14,12 @@ import urllib.request
 import zipfile
 from pathlib import Path
 
-from tqdm import tqdm
+from errors import InputError, run_script, stop_without  # isort: skip
 
-from errors import InputError, run_script
+try:
+    from tqdm import tqdm
+except ImportError:
+    stop_without("tqdm")
 
 ROOT = Path(__file__).resolve().parent
 TIMEOUT_SECONDS = 30

@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+from contextlib import contextmanager
 
 
 class InputError(Exception):
@@ -14,6 +15,33 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         raise InputError(f"{message} (see --help)")
+
+
+def stop_without(package):
+    """End a script that was started outside .venv: a package is not installed there."""
+    print(f"error: {package} is not installed here: run ./setup.sh once, then use .venv/bin/python", file=sys.stderr)
+    sys.exit(2)
+
+
+@contextmanager
+def spare_memory(advice):
+    """Say what to do where memory, a GPU's or the machine's, does not suffice.
+
+    Raises: InputError.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        # torch has one class for CUDA; on other devices it is a RuntimeError that says so
+        told = str(error)
+        if isinstance(error, RuntimeError) and "out of memory" not in told and "not enough memory" not in told:
+            raise
+        raise InputError(f"out of memory: {advice}") from None
+
+
+def smaller(flag, size):
+    """The advice to halve what a flag gives, while there is something to halve."""
+    return f"try {flag} {size // 2}" if size > 1 else "even one example is too much: try a shorter --max_length"
 
 
 def run_script(main):

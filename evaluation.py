@@ -19,6 +19,7 @@ import torch
 from tqdm import tqdm
 
 from early_exit import FULL_DEPTH, AllExits, ExitInference, every_exit, scores_at
+from errors import smaller, spare_memory
 from files import write_whole
 from parallel import deal, gather_batches
 
@@ -79,7 +80,7 @@ def run_batches(model, data, rows, function, batch_size, precision, progress):
     results = []
     starts = deal(range(0, len(rows), batch_size))
     # one context for all batches, and not inference mode, in which autocast forgets: so the weights are cast once
-    with precision():
+    with spare_memory(smaller("--eval_batch_size", batch_size)), precision():
         for start in tqdm(starts, f"predict {data.task.name}", disable=not progress, leave=False):
             batch = data.batch(rows[order[start : start + batch_size]]).to(device)
             results.append(function(model, batch))

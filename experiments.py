@@ -18,6 +18,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+# first of ours: it says what to do where torch is not installed
+import multitask_classifier  # isort: skip  # noqa: F401
 import numpy as np
 
 import peer

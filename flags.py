@@ -10,9 +10,8 @@ from datasets import SPLITS
 from errors import InputError, Parser
 from optimizer import SCHEDULES
 from samplers import DATA_SPLITS, SAMPLERS
-from tasks import ENCODINGS, PARA_LOSSES, STS_LOSSES
+from tasks import ENCODINGS, PARA_LOSSES, STS_LOSSES, TASK_NAMES
 
-TASK_NAMES = ("sst", "cfimdb", "para", "sts")
 OPTIMIZERS = ("adamw", "rmsprop", "sgd")
 PRECISIONS = ("fp32", "bf16", "fp16")
 EXIT_LOSSES = ("joint", "weighted", "two_stage", "alternating")
@@ -127,7 +126,8 @@ def make_parser():
             data.add_argument(f"--{name}_{split}", metavar="CSV", help=f"the {name} {split} file, if not in --data_dir")
     data.add_argument("--split", choices=DATA_SPLITS, default="equal", help="how much of each task an epoch takes")
     data.add_argument("--sampler", choices=SAMPLERS, default="random", help="which task comes next")
-    data.add_argument("--max_length", type=positive_int, default=512, help="tokens per text or packed pair")
+    data.add_argument("--max_length", type=positive_int,
+                      help="tokens per text or packed pair; default 512, or the weights' positions if they are fewer")
     data.add_argument("--pairs", nargs="+", metavar="ENC", default=["concat"],
                       help=f"how a pair enters BERT: {', '.join(ENCODINGS)}; also per task, para=siamese")
     data.add_argument("--siamese_features", choices=("uv", "uvd"), default="uvd", help="[u; v] or [u; v; |u - v|]")
@@ -146,6 +146,8 @@ def make_parser():
 
     plan = parser.add_argument_group("optimisation")
     plan.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw", help="update rule")
+    plan.add_argument("--momentum", type=share, default=0.0, help="momentum of --optimizer sgd")
+    plan.add_argument("--nesterov", action="store_true", help="sgd: the gradient after the momentum's own step")
     plan.add_argument("--weight_decay", type=at_least_zero, default=0.01, help="decoupled weight decay")
     plan.add_argument("--schedule", choices=tuple(SCHEDULES), default="linear", help="course of the learning rate")
     plan.add_argument("--warmup", type=share, default=0.1, help="share of the training that warms up")
@@ -285,6 +287,17 @@ def check_flags(flags, given):
         (
             flags["gradients"] != "sum" and flags["step"] == "one_task",
             f"--gradients {flags['gradients']} compares the tasks of one step: leave out --step one_task",
+        ),
+        ("momentum" in given and flags["optimizer"] != "sgd", "--momentum belongs to --optimizer sgd"),
+        (flags["nesterov"] and not flags["momentum"], "--nesterov looks ahead along the momentum: give --momentum"),
+        (
+            "sampler" in given and (flags["step"] == "all_tasks" or flags["gradients"] != "sum"),
+            f"--sampler {flags['sampler']} chooses one task per step: here every step takes all tasks",
+        ),
+        ("cosine_margin" in given and flags["para_loss"] != "cosine", "--cosine_margin belongs to --para_loss cosine"),
+        (
+            "siamese_features" in given and not any("siamese" in entry for entry in flags["pairs"]),
+            "--siamese_features belongs to --pairs siamese",
         ),
         (
             flags["gradients"] != "sum" and len(flags["tasks"]) < 2,

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from errors import smaller, spare_memory
+
 
 class KeptStates:
     """The states after a frozen layer of some examples, without their padding. Empty: batches start as always.
@@ -59,8 +61,9 @@ class KeptStates:
             parts += [(data, order[i : i + batch_size]) for i in range(0, len(order), batch_size)]
         was_training, device = model.training, next(model.parameters()).device
         model.eval()
+        advice = f"{smaller('--eval_batch_size', batch_size)}, or leave out --slf_cache"
         for i in range(self.layer + 1, layer + 1):
-            with precision():
+            with spare_memory(advice), precision():
                 for data, part in tqdm(parts, f"states after layer {i}", disable=not progress, leave=False):
                     self.states |= self.step(model, data.batch(part).to(device), part, i)
             self.layer = i

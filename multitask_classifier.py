@@ -25,13 +25,16 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+# ours, but it needs none of the packages: it says what to do where they are not installed
+from errors import InputError, run_script, smaller, spare_memory, stop_without  # isort: skip
+
 try:
     import numpy as np
     import torch
     from torch import nn
     from tqdm import tqdm
 except ImportError as error:
-    sys.exit(f"error: {error.name} is not installed here: run ./setup.sh once, then use .venv/bin/python")
+    stop_without(error.name)
 
 import gradients
 import parallel
@@ -42,12 +45,10 @@ from bert import BertModel, Dropout
 from closing import ExitSettings, close, close_sweep
 from datasets import SPLITS, Batch, bucketed_batches, find_data_dir, read_dataset, report
 from early_exit import LTE, Exit, ExitInference, LTELoss, choose_policies, exit_weights
-from errors import InputError, run_script
 from evaluation import at_exit, evaluate, fit_threshold, full_depth, predict
 from files import write_whole
 from flags import (
     EXIT_FLAGS,
-    TASK_NAMES,
     check_flags,
     encoding,
     has_exits,
@@ -72,7 +73,7 @@ from runs import (
 )
 from samplers import all_tasks_order, epoch_rows, generator, task_order
 from smart import LNSR, AdversarialSmart, Bregman, GaussianSmart
-from tasks import build_tasks, widen
+from tasks import TASK_NAMES, build_tasks, widen
 from tokenizer import BertTokenizer
 
 OPTIMIZERS = {"adamw": AdamW, "rmsprop": RMSprop, "sgd": SGD}
@@ -84,8 +85,8 @@ LEARNING_RATES = {
     "rmsprop": {"finetune": (1e-4, 1e-5), "pretrain": (1e-3, 1e-3), "adapter": (2e-3, 3e-4)},
     "sgd": {"finetune": (0.3, 1e-2), "pretrain": (1e-1, 1e-1), "adapter": (1e-1, 1e-1)},
 }
-# room for the special tokens of any pair encoding and one word
-SHORTEST = 5
+# room for the special tokens of any pair encoding and one word; the length of a text if the weights take as much
+SHORTEST, LONGEST = 5, 512
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # what --compile uses, and how many variants of a layer it may translate
 COMPILER, TRANSLATIONS = "inductor", 128
@@ -329,8 +330,11 @@ class SignalGuard:
     While `immediate` is set (evaluation changes nothing) the signal interrupts at once; a second one always does.
     """
 
+    def __init__(self, immediate=False):
+        self.immediate = immediate
+
     def __enter__(self):
-        self.received, self.immediate = None, False
+        self.received = None
         self.before = {s: signal.signal(s, self.handle) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
@@ -626,7 +630,7 @@ def evaluate_phase(parts, folder, phase, progress, optimizer, signals):
         depth = parts.model.depth if phase.keep else max(phase.exit_weights[-1])
         scores, predictions = evaluate_dev(parts, depth)
         scores = parallel.from_first(scores)
-    except Interrupted:
+    except (Interrupted, InputError):
         folder.save_last(before)
         raise
     finally:
@@ -751,18 +755,19 @@ def make_precision(name, device):
 
 
 def read_data(args, tasks, tokenizer):
-    """All datasets of a run: {task: {split: Dataset}}, and {file: path}."""
+    """All datasets of a run: {task: {split: Dataset}}, and {"task split": path}."""
     given = {(name, split): args[f"{name}_{split}"] for name in tasks for split in SPLITS}
+    wanted = {key: tasks[key[0]].file(key[1]) for key, path in given.items() if not path}
     folder = None
-    if not all(given.values()):
-        folder, is_sample = find_data_dir(args["data_dir"], tasks)
+    if wanted:
+        folder, is_sample = find_data_dir(args["data_dir"], wanted.values(), may_be_sample=len(wanted) == len(given))
         if is_sample:
             print(f"data: no course data in data/, so the sample in {folder.parent.name}/sample (./setup.sh --data)")
     data, files = {name: {} for name in tasks}, {}
     for (name, split), path in given.items():
-        path = Path(path) if path else folder / tasks[name].file(split)
+        path = Path(path) if path else folder / wanted[name, split]
         data[name][split] = read_dataset(tasks[name], path, tokenizer, args["max_length"], labelled=split != "test")
-        files[path.name] = path
+        files[f"{name} {split}"] = path
     return data, files
 
 
@@ -774,7 +779,7 @@ def cache_features(model, dataset, batch_size, precision):
     order = np.argsort(dataset.lengths(), kind="stable")
     starts, quiet = parallel.deal(range(0, len(order), batch_size)), not parallel.progress_bars()
     # one context for all batches: autocast then casts the weights once
-    with precision():
+    with spare_memory(smaller("--eval_batch_size", batch_size)), precision():
         for start in tqdm(starts, f"features {dataset.path.name}", disable=quiet, leave=False):
             batch = dataset.batch(order[start : start + batch_size]).to(device)
             states.append((widen(model(batch).states[model.depth]).cpu(),))
@@ -900,9 +905,11 @@ def build(flags, model, data, device):
     for_small, for_large = LEARNING_RATES[flags["optimizer"]][trained_set]
     learning_rate = flags["lr"] or (for_small if model.bert.config.hidden_size <= SMALL else for_large)
 
+    momentum = {"momentum": flags["momentum"], "nesterov": flags["nesterov"]} if flags["optimizer"] == "sgd" else {}
+
     def make_optimizer(parameters):
         groups = parameter_groups(parameters.items(), flags["weight_decay"])
-        optimizer = OPTIMIZERS[flags["optimizer"]](groups, lr=learning_rate)
+        optimizer = OPTIMIZERS[flags["optimizer"]](groups, lr=learning_rate, **momentum)
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]
         return optimizer
@@ -990,7 +997,11 @@ def load_run(path, device, given=None):
     config = folder.config()
     flags = recorded_flags(config) | (given or {})
     tokenizer = BertTokenizer.from_pretrained(folder.path)
-    bert = BertModel(BertConfig(**config["bert"]), attention=flags["attention"])
+    try:
+        sizes = BertConfig(**config["bert"])
+    except (KeyError, TypeError, InputError) as error:
+        raise InputError(f"{folder.path / 'config.json'}: bert: {error}: the run directory is damaged") from None
+    bert = BertModel(sizes, attention=flags["attention"])
     model = build_model(flags, task_table(flags), bert)
     folder.load_best(model)
     exits = folder.read_summary().get("exits")
@@ -1029,6 +1040,24 @@ def evaluate_run(flags, given):
         close(run.model, data, folder, parts.how(), parts.exit_settings, parallel.progress_bars())
 
 
+def check_fits(flags, tasks, config, weights):
+    """Fail where the weights do not go with the tasks' encodings or with --max_length.
+
+    Raises: InputError.
+    """
+    packed = [task.name for task in tasks.values() if task.encoding != "siamese" and len(task.columns) > 1]
+    if packed and config.type_vocab_size < 2:
+        raise InputError(
+            f"--pairs: {weights} has one kind of segment (type_vocab_size 1), {packed[0]} packs two: "
+            f"use --pairs {packed[0]}=siamese"
+        )
+    if not SHORTEST <= flags["max_length"] <= config.max_position_embeddings:
+        raise InputError(
+            f"--max_length {flags['max_length']}: give a length from {SHORTEST} to "
+            f"{config.max_position_embeddings}, the positions of {weights}"
+        )
+
+
 def start_run(flags, given, defaults):
     """Read everything a training run needs, make its directory, and train."""
     folder = RunFolder(flags["run_dir"] or name_run(flags, defaults))
@@ -1045,21 +1074,19 @@ def start_run(flags, given, defaults):
     weights = Path(config["weights"]["folder"]) if recorded else find_weights(flags["weights"])
     print(f"weights: {weights}")
     tokenizer = BertTokenizer.from_pretrained(weights)
-    tasks = task_table(flags)
+    tasks, sizes = task_table(flags), BertConfig.from_json(weights / "config.json")
+    flags["max_length"] = flags["max_length"] or min(LONGEST, sizes.max_position_embeddings)
+    check_fits(flags, tasks, sizes, weights)
     data, files = read_data(flags, tasks, tokenizer)
     hashes = {name: sha256(path) for name, path in files.items()}
     parallel.check_same("flags", {name: flags[name] for name in flags.keys() - {"data_dir", "weights"}})
     parallel.check_same("data files", hashes)
     if flags["resume"]:
-        check_same_files(config["data"], hashes)
-        check_same_files(config["weights"]["sha256"], hash_weights(weights))
+        check_same_files(config["data"], hashes, files)
+        now = hash_weights(weights)
+        check_same_files(config["weights"]["sha256"], now, {name: weights / name for name in now})
     print("\n".join(report(data)))
     bert = BertModel.from_pretrained(weights, attention=flags["attention"])
-    if not SHORTEST <= flags["max_length"] <= bert.config.max_position_embeddings:
-        raise InputError(
-            f"--max_length {flags['max_length']}: give a length from {SHORTEST} to "
-            f"{bert.config.max_position_embeddings}, the positions of {weights}"
-        )
     model = build_model(flags, tasks, bert).to(device)
     parallel.copy_from_first(model)
     parts = build(flags, model, data, device)
@@ -1083,19 +1110,19 @@ def start_run(flags, given, defaults):
             flags["overwrite"],
         )
     print(f"run: {folder.path}", flush=True)
+    advice = "free some, then go on with --resume"
+    if flags["batch_size"] > 1:
+        half = f"--batch_size {flags['batch_size'] // 2} --accumulate {2 * flags['accumulate']}"
+        advice += f", or start again with --overwrite {half}, which computes the same"
     try:
-        progress, known = train(parts, folder, state)
-        finish(parts, folder, progress, known)
+        with spare_memory(advice):
+            progress, known = train(parts, folder, state)
+            with SignalGuard(immediate=True):
+                finish(parts, folder, progress, known)
     except (Interrupted, KeyboardInterrupt):
         if parallel.rank() == 0:
             print(f"\ninterrupted: the run is saved; continue with --resume --run_dir {folder.path}", file=sys.stderr)
         return 130
-    except torch.OutOfMemoryError:
-        half = max(1, flags["batch_size"] // 2)
-        raise InputError(
-            f"--batch_size {flags['batch_size']}: the GPU is out of memory: try --batch_size {half} "
-            f"--accumulate {2 * flags['accumulate']}, which computes the same (or leave out --slf_cache, if given)"
-        ) from None
 
 
 def main(argv=None):

@@ -19,6 +19,8 @@ import csv
 import random
 import time
 
+# first of ours: it says what to do where torch is not installed
+import multitask_classifier  # isort: skip
 import numpy as np
 import torch
 from torch import nn
@@ -213,7 +215,9 @@ def main(argv=None):
     transformers, tasks, device = import_transformers(), build_tasks(), torch.device("cpu")
     folder = RunFolder(args.run_dir)
     folder.refuse_existing(overwrite=False)
-    weights, (data_dir, _) = find_weights(args.weights), find_data_dir(args.data_dir, tasks, ("train", "dev"))
+    weights = find_weights(args.weights)
+    files = [(task, split) for task in tasks.values() for split in ("train", "dev")]
+    data_dir, _ = find_data_dir(args.data_dir, [task.file(split) for task, split in files])
     torch.manual_seed(args.seed)
     rng = random.Random(args.seed)
     tokenizer = transformers.BertTokenizerFast.from_pretrained(weights)
@@ -221,11 +225,9 @@ def main(argv=None):
         {name: PeerData(data_dir / task.file(split), task, tokenizer, True) for name, task in tasks.items()}
         for split in ("train", "dev")
     )
-    files = {
-        task.file(split): sha256(data_dir / task.file(split)) for task in tasks.values() for split in ("train", "dev")
-    }
+    hashes = {f"{task.name} {split}": sha256(data_dir / task.file(split)) for task, split in files}
     config = {"flags": {k: v for k, v in vars(args).items() if k != "run_dir"}, "command": command_line()}
-    config |= {**describe_environment(device), "transformers": transformers.__version__, "data": files}
+    config |= {**describe_environment(device), "transformers": transformers.__version__, "data": hashes}
     config["weights"] = {"folder": str(weights), "sha256": hash_weights(weights)}
     folder.create(config, weights / "vocab.txt", overwrite=False)
     model = PeerModel(weights, tasks, args.hidden_dropout_prob, attn_implementation="sdpa")
@@ -261,6 +263,7 @@ def main(argv=None):
                 write_whole(folder.path / "predictions" / f"{name}-dev-output.csv", "\n".join(lines) + "\n")
     summary = {"best": best, "last": scores, "phase_norms": norms, "steps": count}
     summary |= {"train_seconds": round(train_seconds, 1), "eval_seconds": round(eval_seconds, 1)}
+    summary["peak_mib"] = multitask_classifier.peak_memory(device)
     folder.summary(summary | {"positive_rate": metrics["para"]["positive_rate"]})
 
 

@@ -13,6 +13,7 @@ import csv
 import io
 import math
 import sys
+from pathlib import Path
 
 # first of ours: it says what to do where torch is not installed
 import multitask_classifier  # isort: skip
@@ -20,6 +21,8 @@ from datasets import Dataset, read_dataset
 from errors import InputError, Parser, run_script
 from evaluation import describe, predict
 from files import write_whole
+from flags import PRECISIONS, positive_int
+from tasks import TASK_NAMES
 
 
 def make_parser():
@@ -27,10 +30,12 @@ def make_parser():
     about = __doc__.split("Read first")[0]
     parser = Parser(description=about, epilog="Without TEXT and --file, standard input is read.")
     parser.add_argument("run", help="run directory")
-    parser.add_argument("task", choices=multitask_classifier.TASK_NAMES, help="which of the run's tasks")
+    parser.add_argument("task", choices=TASK_NAMES, help="which of the run's tasks")
     parser.add_argument("texts", nargs="*", metavar="TEXT", help="the text, or the two texts of a pair")
     parser.add_argument("--file", metavar="CSV", help="the course's format, tab separated; it needs no label column")
     parser.add_argument("--out", metavar="CSV", help="write texts and answers here, rather than print the answers")
+    parser.add_argument("--precision", choices=PRECISIONS, help="default: the run's")
+    parser.add_argument("--eval_batch_size", type=positive_int, help="texts at once; default: the run's")
     parser.add_argument("--use_gpu", action="store_true", help="work on CUDA or Apple's MPS where there is one")
     return parser
 
@@ -61,6 +66,8 @@ def read_lines(task, stream):
             value = raw[error.start : error.start + 1]
             raise InputError(f"{where}: byte {value!r} is not UTF-8: convert the text to UTF-8") from None
         texts = [line] if len(task.columns) == 1 else line.split("\t")
+        if not line.strip():
+            texts = [""] * len(task.columns)
         if len(texts) != len(task.columns):
             raise InputError(f"{where}: {len(texts)} texts, but {task.name} takes two, separated by a tab")
         rows.append(texts)
@@ -77,6 +84,9 @@ def read_questions(args, task, tokenizer, max_length):
         return read_dataset(task, args.file, tokenizer, max_length, labelled=False)
     if args.texts:
         check_count(task, args.texts, "TEXT")
+        for text in args.texts:
+            if any("\ud800" <= character <= "\udfff" for character in text):
+                raise InputError(f"TEXT {text!r}: is not UTF-8: convert it to UTF-8")
         return collect(task, [args.texts], tokenizer, max_length)
     if sys.stdin.isatty():
         print("one text per line (two, separated by a tab, for a pair); end with Ctrl-D", file=sys.stderr)
@@ -103,8 +113,11 @@ def answer_table(predictions):
 def main(argv=None):
     """Answer what the command line asks."""
     args = make_parser().parse_args(argv)
+    if args.out and Path(args.out).exists():
+        raise InputError(f"--out {args.out}: exists already: remove it, or choose another name")
     device = multitask_classifier.choose_device(args.use_gpu)
-    run = multitask_classifier.load_run(args.run, device)
+    given = {name: value for name in ("precision", "eval_batch_size") if (value := getattr(args, name))}
+    run = multitask_classifier.load_run(args.run, device, given)
     tasks, flags = run.model.tasks, run.flags
     if args.task not in tasks:
         raise InputError(f"{args.task}: {args.run} was not trained on it: choose from {', '.join(tasks)}")

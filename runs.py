@@ -17,6 +17,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import uuid
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -29,7 +30,10 @@ from files import write_whole
 from parallel import on_first, world_size
 
 # flags that say where and how a run is looked after, not what it computes: free to differ when it is resumed
-FREE_FLAGS = {"run_dir", "resume", "overwrite", "keep_last", "log_every", "save_every", "data_dir", "weights"}
+CARE_FLAGS = {"run_dir", "resume", "overwrite", "keep_last", "log_every", "save_every", "eval_batch_size"}
+FREE_FLAGS = CARE_FLAGS | {"data_dir", "weights"}
+# where a new run's first files wait until all of them are written
+STAGING = ".new"
 
 
 def sha256(path):
@@ -57,7 +61,7 @@ def name_run(flags, defaults):
     """A directory name made of the flags that differ from the defaults: runs/finetune-slf-lr_1e-05."""
     parts = [flags["option"]]
     for name, value in flags.items():
-        if name not in FREE_FLAGS | {"option", "use_gpu"} and value != defaults[name]:
+        if name not in CARE_FLAGS | {"option", "use_gpu"} and value != defaults[name]:
             text = "-".join(map(str, value)) if isinstance(value, list) else str(value)
             parts.append(name if value is True else f"{name}_{Path(text).name}")
     kept = "".join(c if c.isalnum() or c in "-_.=" else "_" for c in "-".join(parts))
@@ -93,9 +97,13 @@ class RunFolder:
         except (OSError, ValueError):
             return False
 
+    def half_made(self):
+        """Whether what is here is only what a killed `create` left behind."""
+        return (self.path / STAGING).is_dir() and not (self.path / "config.json").exists()
+
     def refuse_existing(self, overwrite):
         """Fail where something is here already that must not be replaced."""
-        if not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir())):
+        if not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir())) or self.half_made():
             return
         if not overwrite:
             raise InputError(
@@ -107,14 +115,30 @@ class RunFolder:
 
     @on_first
     def create(self, config, vocab, overwrite):
-        """Start a run here, with its config and the vocabulary it reads with."""
+        """Start a run here, with its config and the vocabulary it reads with.
+
+        An old run goes only when the new one's files are on the disk, its config.json first; the new one's config.json
+        comes last. A kill in between leaves a half-made run, which the next start replaces.
+        """
         self.refuse_existing(overwrite)
-        if self.path.exists():
-            shutil.rmtree(self.path)
-        for name in ("vocab.txt", "tokenizer_config.json"):
-            if (vocab.parent / name).is_file():
-                write_whole(self.path / name, (vocab.parent / name).read_bytes())
-        write_whole(self.path / "config.json", json.dumps(config, indent=1))
+        staging = self.path / STAGING
+        shutil.rmtree(staging, ignore_errors=True)
+        files = [vocab.parent / name for name in ("tokenizer_config.json", "vocab.txt")]
+        content = {path.name: path.read_bytes() for path in files if path.is_file()}
+        content["config.json"] = json.dumps({"id": uuid.uuid4().hex, **config}, indent=1)
+        try:
+            for name, data in content.items():
+                write_whole(staging / name, data)
+        except InputError:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
+        (self.path / "config.json").unlink(missing_ok=True)
+        for path in self.path.iterdir():
+            if path != staging:
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        for name in content:
+            os.replace(staging / name, self.path / name)
+        staging.rmdir()
 
     def config(self):
         """What config.json says."""
@@ -125,7 +149,7 @@ class RunFolder:
             raise InputError(f"{self.path}: no run here (no config.json to read): check the path") from None
         except ValueError as error:
             raise InputError(f"{path}: not JSON ({error}): the run directory is damaged") from None
-        if "flags" not in config:
+        if not isinstance(config, dict) or not isinstance(config.get("flags"), dict):
             raise InputError(f"{path}: not the config of a run: check the path")
         return config
 
@@ -145,7 +169,7 @@ class RunFolder:
     @on_first
     def save_last(self, state):
         """Save everything that resuming needs."""
-        state = state | {"log_position": self.log_position()}
+        state = state | {"log_position": self.log_position(), "id": self.config().get("id")}
         write_whole(self.path / "last.pt", lambda file: torch.save(state, file))
 
     @on_first
@@ -174,6 +198,11 @@ class RunFolder:
             except Exception as error:  # a cut-off or foreign file raises one of many kinds
                 reason = str(error).split("\n")[0][:100]
                 raise InputError(f"{path}: cannot be loaded ({reason}): start again with --overwrite") from None
+            if not isinstance(state, dict) or state.get("id") != self.config().get("id"):
+                raise InputError(
+                    f"{path}: saved by another run than config.json beside it: put the right one back, or start again "
+                    "with --overwrite"
+                )
         self.cut_back(state["log_position"] if state else 0)
         return state
 
@@ -216,7 +245,10 @@ class RunFolder:
     def read_summary(self):
         """What summary.json says; nothing for a run that has not finished."""
         path = self.path / "summary.json"
-        return json.loads(path.read_text()) if path.is_file() else {}
+        try:
+            return json.loads(path.read_text()) if path.is_file() else {}
+        except ValueError as error:
+            raise InputError(f"{path}: not JSON ({error}): copy the run again") from None
 
     def summary(self, content):
         """Write summary.json."""
@@ -238,17 +270,20 @@ def check_same_run(config, flags, given):
             )
 
 
-def check_same_files(before, now):
-    """Fail where a resumed run reads other files (data or weights) than it was started with. Both: {name: sha256}."""
+def check_same_files(before, now, paths):
+    """Fail where a resumed run reads other files than it was started with: {name: sha256} twice, {name: path}."""
     for name, value in now.items():
         if before.get(name) != value:
-            raise InputError(f"{name}: not the file this run was started with (its sha256 differs): cannot resume")
+            raise InputError(
+                f"{paths[name]}: not the file this run was started with (its sha256 differs): cannot resume"
+            )
 
 
 def hash_weights(folder):
-    """sha256 of every weight file in a folder, by name."""
+    """sha256 of every file that decides what the weights in a folder compute, by name."""
     files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
-    return {path.name: sha256(path) for path in files}
+    files += [folder / name for name in ("config.json", "vocab.txt", "tokenizer_config.json")]
+    return {path.name: sha256(path) for path in files if path.is_file()}
 
 
 def command_line():

@@ -73,6 +73,13 @@ last_error() {
     { grep '^ERROR' "$log" || cat "$log"; } | tail -n 1 | sed 's/^ERROR: //'
 }
 
+pip_install() {
+    local file="$1"
+    shift
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "$@" -r "$root/$file" >"$log" 2>&1 ||
+        stop 1 "$file could not be installed ($(last_error)); check the network, then run this again"
+}
+
 install_packages() {
     local file=requirements.txt venv_version
     if [ "$dev" = yes ]; then
@@ -95,10 +102,11 @@ install_packages() {
         "$python" -m venv --clear "$venv" >"$log" 2>&1 || stop 1 "$python -m venv failed ($(last_error));\
  on Debian and Ubuntu install python$version-venv, then run this again"
     fi
-    rm -f "$stamp" "$dev_stamp"
     echo "Installing $file into .venv (some minutes the first time)"
-    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -r "$root/$file" >"$log" 2>&1 ||
-        stop 1 "$file could not be installed ($(last_error)); check the network, then run this again"
+    # an environment that is whole must stay so where there is no network: look first, then touch it
+    [ ! -e "$stamp" ] || pip_install "$file" --dry-run
+    rm -f "$stamp" "$dev_stamp"
+    pip_install "$file"
     if [ "$dev" = yes ]; then
         cp "$root/requirements-dev.txt" "$dev_stamp"
     fi

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from errors import InputError
 
+TASK_NAMES = ("sst", "cfimdb", "para", "sts")
 ENCODINGS = ("concat", "embed_concat", "siamese")
 
 

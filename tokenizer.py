@@ -169,15 +169,17 @@ def read_vocabulary(path):
     return vocab
 
 
-def read_lower_case_setting(path):
-    """Read do_lower_case from a tokenizer_config.json; true where there is no such file or entry.
+def read_lower_case_setting(path, vocab):
+    """Read do_lower_case from a tokenizer_config.json; without the file, a vocabulary with capitals is a cased one.
+
+    Differs: without the file the reference takes every vocabulary for an uncased one.
 
     Raises: InputError where the file is no JSON object, or asks for a tokenizer other than BERT's usual two.
     """
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        return True
+        return not any(token.isascii() and token.isalpha() and token != lower_case(token) for token in vocab)
     except OSError as error:
         raise InputError(f"{path}: cannot read it ({error.strerror}); repair or remove it") from None
     except ValueError as error:
@@ -218,7 +220,7 @@ class BertTokenizer:
         Raises: InputError where either file is unusable.
         """
         vocab = read_vocabulary(Path(folder) / "vocab.txt")
-        return cls(vocab, read_lower_case_setting(Path(folder) / "tokenizer_config.json"))
+        return cls(vocab, read_lower_case_setting(Path(folder) / "tokenizer_config.json", vocab))
 
     def __len__(self):
         return len(self.vocab)

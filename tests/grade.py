@@ -18,7 +18,8 @@ from pathlib import Path
 try:
     import pytest
 except ImportError:
-    sys.exit("error: pytest is not installed here: run ./setup.sh once, then use .venv/bin/python")
+    print("error: pytest is not installed here: run ./setup.sh once, then use .venv/bin/python", file=sys.stderr)
+    sys.exit(2)
 
 ROOT = Path(__file__).resolve().parents[1]
 # {part: (points, tests)}

@@ -264,6 +264,7 @@ GOOD = "\tid\tsentence\tsentiment\n0\tone\ta\t1\n"
             ["3 of 100 rows", "1%"],
             id="more than 1% without a label",
         ),
+        pytest.param(sst(*[("a", 1)] * 15, ("", 1)), ["1 of 16 rows", "1%"], id="one empty text of few"),
         pytest.param(sst(("a", "")), ["1 of 1 rows"], id="no usable row at all"),
     ],
 )
@@ -303,24 +304,33 @@ def test_a_partly_filled_data_folder_is_refused_and_names_what_is_missing(tmp_pa
     for name in names[:-2]:
         (tmp_path / name).write_text("x")
     with pytest.raises(InputError) as error:
-        find_data_dir(str(tmp_path), tasks)
+        find_data_dir(str(tmp_path), names)
     assert "sts-dev.csv, sts-test-student.csv" in str(error.value)
     assert "sst" not in str(error.value).split("missing")[1]
     # the default folder may not be mixed with the sample either
     with pytest.raises(InputError, match="missing sts-dev.csv"):
-        find_data_dir(None, tasks, default=str(tmp_path))
+        find_data_dir(None, names, default=str(tmp_path))
     for name in names[-2:]:
         (tmp_path / name).write_text("x")
-    assert find_data_dir(str(tmp_path), tasks) == (tmp_path, False)
+    assert find_data_dir(str(tmp_path), names) == (tmp_path, False)
+    (tmp_path / names[0]).unlink()
+    assert find_data_dir(str(tmp_path), names[1:]) == (tmp_path, False)
 
 
 def test_an_empty_default_folder_means_the_sample_and_an_empty_given_one_does_not(tmp_path):
-    tasks = build_tasks(("sst",))
-    assert find_data_dir(None, tasks, default=str(tmp_path)) == (tmp_path / "sample", True)
+    wanted = ["ids-sst-train.csv"]
+    # a CSV of the user's own is no course file
+    (tmp_path / "notes.csv").write_text("x")
+    assert find_data_dir(None, wanted, default=str(tmp_path)) == (tmp_path / "sample", True)
     with pytest.raises(InputError, match="missing ids-sst-train.csv"):
-        find_data_dir(str(tmp_path), tasks)
+        find_data_dir(str(tmp_path), wanted)
+    with pytest.raises(InputError, match="missing ids-sst-train.csv"):
+        find_data_dir(None, wanted, may_be_sample=False, default=str(tmp_path))
     with pytest.raises(InputError, match="no such folder"):
-        find_data_dir(str(tmp_path / "nowhere"), tasks)
+        find_data_dir(str(tmp_path / "nowhere"), wanted)
+    (tmp_path / "quora-dev.csv").write_text("x")
+    with pytest.raises(InputError, match="missing ids-sst-train.csv"):
+        find_data_dir(None, wanted, default=str(tmp_path))
 
 
 # --- truncation ---------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Asking a trained run: every way in, the numbers of evaluation, and what is said when something is wrong."""
 
 import io
+import json
 import os
 import shutil
 import subprocess
@@ -141,7 +142,29 @@ def test_wrong_questions_are_refused_in_one_line(ask, trained, tmp_path):
     assert "--file" in refused(ask, "sst", "a film", "--file", trained.data / "ids-sst-dev.csv")
     assert "nowhere.csv" in refused(ask, "sst", "--file", tmp_path / "nowhere.csv")
     assert "sentence" in refused(ask, "sst", "--file", trained.data / "sts-dev.csv")
+    assert "not UTF-8" in refused(ask, "sst", "a film\udce9")
+    mine = tmp_path / "mine.csv"
+    shutil.copy(trained.data / "ids-sst-dev.csv", mine)
+    before = mine.read_bytes()
+    assert "--out" in refused(ask, "sst", "--file", mine, "--out", mine) and mine.read_bytes() == before
     assert "file/out.csv" in refused(ask, "sst", "a film", "--out", trained.run / "vocab.txt" / "file/out.csv")
+
+
+def test_a_blank_line_is_answered_too(ask):
+    pairs = ask("sts", stdin=b"one\ttwo\n\nthree\tfour\n")
+    assert len(pairs) == 3 and pairs[0] == ask("sts", "one", "two")[0]
+    assert len(ask("sst", stdin=b"\na film\n")) == 2
+
+
+def test_a_run_in_half_precision_is_asked_on_a_cpu(trained, tmp_path, capsys):
+    copy = shutil.copytree(trained.run, tmp_path / "copy")
+    config = (copy / "config.json").read_text()
+    (copy / "config.json").write_text(config.replace('"precision": "fp32"', '"precision": "fp16"'))
+    assert "--precision fp16" in refusal(predict.main, [str(copy), "sst", "a film"])
+    predict.main([str(copy), "sst", "a film", "--precision", "fp32", "--eval_batch_size", "1"])
+    answer = capsys.readouterr().out
+    predict.main([str(trained.run), "sst", "a film"])
+    assert capsys.readouterr().out == answer
 
 
 def test_wrong_standard_input_is_refused_in_one_line(ask):
@@ -158,11 +181,18 @@ def test_wrong_runs_are_refused_in_one_line(trained, tmp_path):
         "best.safetensors": lambda path: path.write_bytes(path.read_bytes()[:-10]),
         "vocab.txt": lambda path: path.unlink(),
         "config.json": lambda path: path.write_text("{"),
+        "summary.json": lambda path: path.write_bytes(path.read_bytes()[:-10]),
     }.items():
         shutil.copytree(trained.run, copy)
         spoil(copy / name)
         assert name in refusal(predict.main, [str(copy), "sst", "a film"])
         shutil.rmtree(copy)
+    shutil.copytree(trained.run, copy)
+    config = json.loads((copy / "config.json").read_text())
+    spoilt = [[1], {"flags": 1}, config | {"bert": 1}, config | {"bert": {"layers": 6}}]
+    for content in [*spoilt, {key: value for key, value in config.items() if key != "bert"}]:
+        (copy / "config.json").write_text(json.dumps(content))
+        assert "config.json" in refusal(predict.main, [str(copy), "sst", "a film"])
 
 
 def test_the_script_answers_from_anywhere(trained, tmp_path):

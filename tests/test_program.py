@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from itertools import chain, combinations, count
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from tiny import (
     log_of,
     make_model,
     read_csv,
+    refusal,
     script_refusal,
     state_of,
     weights_of,
@@ -37,6 +39,8 @@ from tiny import (
 )
 from torch._dynamo.utils import counters
 
+import closing
+import evaluation
 import files
 import multitask_classifier
 import runs
@@ -44,6 +48,7 @@ from bert import BertModel
 from datasets import read_dataset
 from errors import InputError
 from evaluation import predict
+from flags import parse_flags
 from multitask_classifier import load_run, main
 from tasks import build_tasks
 
@@ -453,11 +458,34 @@ def test_a_killed_run_ends_like_one_that_was_never_stopped(program, whole, kill,
     assert_same_end(run, whole)
 
 
+@pytest.mark.parametrize(
+    "at", [(*SAVE, 1), (*SAVE, 2), ("os", "replace", 3), ("os", "replace", 4)], ids=lambda at: f"{at[1]}-{at[2]}"
+)
+@pytest.mark.parametrize("old", [False, True], ids=["new", "overwrite"])
+def test_a_start_that_was_killed_is_no_obstacle(program, whole, kill, at, old):
+    """Its files are written aside, the two of an old run are replaced, the config at the last."""
+    name, flags = f"start-{old}-{'-'.join(map(str, at))}", ("--overwrite",) * old
+    if old:
+        program.train_quickly(name, "--epochs", 1, "--seed", 5)
+    kill(program.command(name, *OFTEN, *flags), *at)
+    run = program.path(name)
+    if old and at[1] == "fsync":
+        assert json.loads((run / "config.json").read_text())["flags"]["seed"] == 5
+        assert (run / "best.safetensors").is_file() and "--overwrite" in program.refused(name)
+    else:
+        flags = ()
+        assert "no run here" in program.refused(name, "--resume")
+    assert_same_end(program.train(name, *OFTEN, *flags), whole)
+
+
+PLACES = {"train_step": (multitask_classifier, 3), "predict": (evaluation, 7), "write_predictions": (closing, 14)}
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
-@pytest.mark.parametrize("place", ["train_step", "predict"])
+@pytest.mark.parametrize("place", PLACES)
 def test_a_signal_saves_and_says_how_to_continue(program, whole, monkeypatch, capsys, number, place):
     """`predict` is called within the evaluation of an epoch, after the last of its steps."""
-    owner = multitask_classifier if place == "train_step" else sys.modules["evaluation"]
+    owner, steps = PLACES[place]
     name = f"{place}-{number.name}"
     with monkeypatch.context() as patch:
         call_at(patch, owner, place, 3, lambda: os.kill(os.getpid(), number))
@@ -465,7 +493,7 @@ def test_a_signal_saves_and_says_how_to_continue(program, whole, monkeypatch, ca
     told = capsys.readouterr().err
     assert status == 130
     assert f"--resume --run_dir {program.path(name)}" in told
-    assert state_of(program.path(name))["progress"]["total_steps"] == (3 if place == "train_step" else STEPS_PER_EPOCH)
+    assert state_of(program.path(name))["progress"]["total_steps"] == steps
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     # a resumed run need not be told the flags again
     assert not main(["--resume", "--run_dir", str(program.path(name)), "--keep_last"])
@@ -517,7 +545,40 @@ def test_a_run_is_not_continued_as_another_one(fresh, monkeypatch):
     write_weights(fresh.weights, seed=1)
     assert "model.safetensors" in fresh.refused("run", "--resume")
     (fresh.weights / "model.safetensors").write_bytes(kept)
+    for name, words in {"config.json": ("0.1", "0.5"), "vocab.txt": ("the", "zzz")}.items():
+        path = fresh.weights / name
+        kept = path.read_text()
+        path.write_text(kept.replace(*words))
+        assert f"weights/{name}" in fresh.refused("run", "--resume")
+        path.write_text(kept)
     assert content(run) == before
+    fresh.train("run", "--resume")
+
+
+def test_files_of_one_name_are_told_apart(fresh, monkeypatch):
+    given = []
+    for split in ("train", "dev"):
+        path = fresh.folder / split / "x.csv"
+        path.parent.mkdir()
+        shutil.copy(fresh.data / f"ids-sst-{split}.csv", path)
+        given += [f"--sst_{split}", path]
+    interrupt(fresh, monkeypatch, "run", *given)
+    path = fresh.folder / "train" / "x.csv"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    assert "train/x.csv" in fresh.refused("run", "--resume")
+
+
+def test_the_state_of_another_run_is_not_continued(fresh, monkeypatch):
+    other = interrupt(fresh, monkeypatch, "other", "--lr", 0.1, "--optimizer", "sgd")
+    run = interrupt(fresh, monkeypatch, "run")
+    kept = (run / "last.pt").read_bytes()
+    for spoil in (lambda path: shutil.copy(other / "last.pt", path), partial(torch.save, [1]), partial(torch.save, {})):
+        spoil(run / "last.pt")
+        before = content(run)
+        line = fresh.refused("run", "--resume")
+        assert "last.pt" in line and "another run" in line
+        assert content(run) == before
+    (run / "last.pt").write_bytes(kept)
     fresh.train("run", "--resume")
 
 
@@ -590,6 +651,22 @@ def test_wrong_numbers_stop_the_run_and_name_the_examples(program):
     assert not (program.path("diverged") / "best.safetensors").exists()
 
 
+@pytest.mark.parametrize("at", [1, 2])
+def test_a_full_disk_leaves_the_run_that_was_to_be_replaced(fresh, monkeypatch, at):
+    run = fresh.train("run", "--epochs", 1)
+    before, calls = content(run), count(1)
+
+    def fsync(descriptor):
+        if next(calls) >= at:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files.os, "fsync", fsync)
+    assert "No space left on device" in fresh.refused("run", "--overwrite")
+    assert content(run) == before
+    assert "No space left on device" in fresh.refused("another")
+    assert not content(fresh.path("another"))
+
+
 @pytest.mark.parametrize("at", [5, 8, 12])
 def test_a_full_disk_leaves_the_last_good_files(program, whole, monkeypatch, at):
     """From the at-th file on nothing can be written; with space again the run goes on as if nothing had been."""
@@ -618,6 +695,54 @@ def test_a_log_that_cannot_be_written_is_said(program, monkeypatch):
 
     monkeypatch.setattr(runs, "open", full, raising=False)
     assert "log.jsonl" in program.refused("no-log")
+
+
+# --- out of memory ------------------------------------------------------------------------------------------------
+
+
+def no_memory(*arguments, **keywords):
+    """As torch says it of CUDA; elsewhere it is a RuntimeError."""
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+def no_room(*arguments, **keywords):
+    raise RuntimeError("MPS backend out of memory (MPS allocated: 8 GB).")
+
+
+@pytest.mark.parametrize("fail", [no_memory, no_room])
+def test_a_step_without_memory_names_the_batch_to_try(program, whole, monkeypatch, fail):
+    name = f"memory-{fail.__name__}"
+    with monkeypatch.context() as patch:
+        call_at(patch, multitask_classifier, "train_step", 10, fail)
+        line = program.refused(name, *OFTEN)
+        assert "--overwrite --batch_size 4 --accumulate 2" in line and "--resume" in line
+    assert_same_end(program.train(name, *OFTEN, "--resume"), whole)
+    monkeypatch.setattr(multitask_classifier, "train_step", fail)
+    assert "--batch_size" not in program.refused("memory-one", "--batch_size", 1)
+
+
+def test_an_error_that_is_not_for_want_of_memory_stays_one(program, monkeypatch):
+    def wrong(*arguments):
+        raise RuntimeError("sizes do not match")
+
+    monkeypatch.setattr(multitask_classifier, "train_step", wrong)
+    with pytest.raises(RuntimeError, match="sizes do not match"):
+        main(program.command("wrong"))
+
+
+def test_an_evaluation_without_memory_names_its_own_batch(program, whole, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "full_depth", no_room)
+        patch.setattr(multitask_classifier, "at_exit", lambda depth: no_room)
+        assert "--eval_batch_size 16" in program.refused("memory-dev", "--keep_last")
+        assert "even one example" in program.refused("memory-dev-one", "--eval_batch_size", 1)
+        patch.setattr(multitask_classifier.MultitaskBERT, "forward", no_memory)
+        assert "--eval_batch_size 16" in program.refused("memory-features", "--option", "pretrain")
+        evaluated = ["--option", "evaluate", "--run_dir", str(whole), "--data_dir", str(program.data)]
+        assert "--eval_batch_size 16" in refusal(main, evaluated)
+    # the epoch is not lost, and the advice is taken
+    assert state_of(program.path("memory-dev"))["progress"]["total_steps"] == STEPS_PER_EPOCH
+    assert_same_end(program.train("memory-dev", "--keep_last", "--resume", "--eval_batch_size", 16), whole)
 
 
 # --- wrong commands -----------------------------------------------------------------------------------------------
@@ -649,6 +774,12 @@ BAD_FLAGS = [
     (("--task_weights", "cfimdb=2"), "cfimdb"),
     (("--task_weights", "sst=heavy"), "sst=heavy"),
     (("--sampler", "alternating"), "--sampler"),
+    (("--sampler", "random", "--gradients", "pcgrad"), "--sampler random"),
+    (("--momentum", "0.9"), "--optimizer sgd"),
+    (("--momentum", "1", "--optimizer", "sgd"), "--momentum"),
+    (("--nesterov", "--optimizer", "sgd"), "--momentum"),
+    (("--cosine_margin", "0.2"), "--para_loss cosine"),
+    (("--siamese_features", "uv"), "--pairs siamese"),
     (("--save_every", "0"), "--save_every"),
     (("--log_every", "0"), "--log_every"),
     (("--eval_batch_size", "0"), "--eval_batch_size"),
@@ -669,10 +800,37 @@ def test_a_mistake_at_the_command_line_is_one_line_and_status_2(program, monkeyp
     assert "--epochs" in script_refusal(monkeypatch, capsys, PROGRAM, *program.command("bad", "--epochs", "none"))
 
 
-@pytest.mark.parametrize("script", ["multitask_classifier.py", "predict.py"])
+def test_weights_with_one_kind_of_segment_take_no_packed_pairs(fresh):
+    path = fresh.weights / "config.json"
+    path.write_text(path.read_text().replace('"type_vocab_size": 2', '"type_vocab_size": 1'))
+    assert "--pairs para=siamese" in fresh.refused("run")
+
+
+def test_a_run_is_named_by_what_differs_from_the_defaults(program):
+    flags, _, defaults = parse_flags(["--weights", "minilm", "--data_dir", "../course", "--log_every", "3", "--slf"])
+    assert runs.name_run(flags, defaults) == Path("runs/finetune-data_dir_course-weights_minilm-slf")
+    assert runs.name_run(defaults, defaults) == Path("runs/finetune")
+
+
+def test_texts_are_as_long_as_the_weights_have_positions(program):
+    command = program.command("positions", "--epochs", 1)
+    at = command.index("--max_length")
+    assert not main(command[:at] + command[at + 2 :])
+    assert json.loads((program.path("positions") / "config.json").read_text())["flags"]["max_length"] == 40
+
+
+def test_momentum_reaches_the_optimizer(program):
+    run = program.train_quickly("momentum", "--optimizer", "sgd", "--momentum", 0.5, "--nesterov", "--keep_last")
+    [group, *_] = state_of(run)["optimizer"]["param_groups"]
+    assert group["momentum"] == 0.5 and group["nesterov"]
+
+
+@pytest.mark.parametrize(
+    "script", ["multitask_classifier.py", "predict.py", "experiments.py", "peer.py", "benchmark.py", "download.py"]
+)
 def test_a_python_without_torch_is_told_what_to_do(script):
     """-S leaves out the installed packages."""
     command = [sys.executable, "-S", PROGRAM.parent / script, "run", "sst", "text"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, env={"PATH": os.environ["PATH"]})
-    assert done.returncode != 0
+    assert done.returncode == 2
     assert done.stderr.count("\n") == 1 and "./setup.sh" in done.stderr

@@ -88,3 +88,28 @@ def test_python3_is_taken_before_the_others_where_it_is_in_range(setup, tmp_path
     assert result.returncode == 1
     assert result.stdout == "Making .venv with Python 3.12\n"
     assert "python3.12-venv" in result.stderr
+
+
+@pytest.mark.parametrize("network", ["none", "lost"])
+def test_without_a_network_an_environment_that_works_is_kept(tmp_path, network):
+    """Its pip is made of shell: the look at what is wanted fails at once, or only the installation after it does."""
+    copy = tmp_path / "copy"
+    bin_folder = copy / ".venv" / "bin"
+    bin_folder.mkdir(parents=True)
+    shutil.copy(ROOT / "setup.sh", copy)
+    (copy / "requirements.txt").write_text("new\n")
+    stamp = copy / ".venv" / "installed-requirements.txt"
+    stamp.write_text("old\n")
+    passes = "exit 1" if network == "none" else 'case "$*" in *--dry-run*) exit 0 ;; *) exit 1 ;; esac'
+    python = bin_folder / "python"
+    python.write_text(f'#!/bin/sh\n[ "$1" = -c ] && echo 3.12 && exit\necho "ERROR: no route to the host"\n{passes}\n')
+    python.chmod(0o755)
+    result = subprocess.run([copy / "setup.sh"], capture_output=True, text=True, env={**os.environ, "PYTHON": ""})
+    assert (
+        result.returncode == 1
+        and result.stdout == "Installing requirements.txt into .venv (some minutes the first time)\n"
+    )
+    [line] = result.stderr.splitlines()
+    assert "no route to the host" in line and "check the network" in line
+    # what was touched is made anew by the next call, what was not is whole
+    assert stamp.exists() == (network == "none") and python.exists()

@@ -185,6 +185,14 @@ def test_vocabulary_without_configuration_is_uncased(tmp_path):
     assert not BertTokenizer.from_pretrained(write_folder(tmp_path, SPECIAL_TOKENS, False)).do_lower_case
 
 
+@pytest.mark.parametrize(
+    ("words", "uncased"),
+    [(("the", "##ing", "[ENT]", "é"), True), (("the", "##ing", "The"), False), (("##X", "Ä"), True)],
+)
+def test_capitals_in_a_vocabulary_without_configuration_make_it_cased(tmp_path, words, uncased):
+    assert BertTokenizer.from_pretrained(write_folder(tmp_path, (*SPECIAL_TOKENS, *words))).do_lower_case is uncased
+
+
 @pytest.fixture(scope="module", params=[True, False], ids=["uncased", "cased"])
 def both(request, tmp_path_factory):
     """Our tokenizer and transformers' one with the MiniLM vocabulary, lower-casing or not."""
