@@ -223,7 +223,7 @@ def benchmark_epoch(setup, folder):
             name: [{phase: factors.get(phase, 1.0) * cost for phase, cost in phases.items()} for phases in rounds]
             for name, rounds in measured.items()
         }
-        setting = f"{precision}, a whole epoch ({whole['train']:,} train + {whole['dev']:,} dev examples)"
+        setting = f"{precision}, scaled to a whole epoch ({whole['train']:,} train + {whole['dev']:,} dev examples)"
         found.goals += goals_against(compare(setting, "s", scaled), EPOCH_GOALS[precision])
         found.notes.append(profile_epoch(setup, folder, precision))
     return found

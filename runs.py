@@ -33,7 +33,7 @@ from parallel import on_first, world_size
 CARE_FLAGS = {"run_dir", "resume", "overwrite", "keep_last", "log_every", "save_every", "eval_batch_size"}
 FREE_FLAGS = CARE_FLAGS | {"data_dir", "weights"}
 # where a new run's first files wait until all of them are written
-STAGING = ".new"
+STAGING = ".minbert-new-run"
 
 
 def sha256(path):
