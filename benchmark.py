@@ -229,6 +229,33 @@ def benchmark_epoch(setup, folder):
     return found
 
 
+def benchmark_run(setup, folder):
+    """A whole epoch of the main job by both programs, each in a fresh process: seconds, and peak memory."""
+    if setup.device.type != "cpu":
+        return Found([], notes=["peer.py trains on the CPU only."])
+    data = setup.data_dir if setup.sizes.whole else HERE / "data" / "sample"
+    usual = ["--weights", setup.weights, "--data_dir", data, "--epochs", 1, "--batch_size", TRAIN_BATCH, "--seed", 1]
+    scripts, found = {"ours": "multitask_classifier.py", "transformers best": "peer.py"}, Found([])
+    for precision in setup.precisions[:1]:
+        peaks = {name: [] for name in scripts}
+
+        def variant(name, precision=precision, peaks=peaks):
+            run = RunFolder(folder / f"{name}-{len(peaks[name])}")
+            launch(HERE / scripts[name], *usual, "--precision", precision, "--run_dir", run.path)
+            summary = run.read_summary()
+            peaks[name].append({"peak": summary["peak_mib"]})
+            return {"train": summary["train_seconds"], "evaluate": summary["eval_seconds"]}
+
+        setting = f"{precision}, a whole epoch, batch {TRAIN_BATCH}"
+        measured = timing.alternate({name: partial(variant, name) for name in scripts}, 1, setting)
+        rows = compare(setting, "s", measured)
+        found.goals += goals_against(rows, {"transformers best": EPOCH_GOALS[precision]["transformers best"]})
+        memory = compare(f"{setting}, memory", "MiB", peaks)
+        found.goals += goals_against(memory, {"transformers best": 1.0})
+        found.rows += rows + memory
+    return found
+
+
 def benchmark_evaluate(setup, folder):
     """Evaluation at full depth, from the CSV files to the scores."""
     dev, found = write_subset(setup, folder, dev=setup.sizes.evaluated)[0]["dev"], Found([])

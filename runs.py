@@ -140,6 +140,10 @@ class RunFolder:
             os.replace(staging / name, self.path / name)
         staging.rmdir()
 
+    def identity(self):
+        """What tells this run from others; None before it is created."""
+        return self.config().get("id") if self.exists() else None
+
     def config(self):
         """What config.json says."""
         path = self.path / "config.json"
@@ -169,7 +173,7 @@ class RunFolder:
     @on_first
     def save_last(self, state):
         """Save everything that resuming needs."""
-        state = state | {"log_position": self.log_position(), "id": self.config().get("id")}
+        state = state | {"log_position": self.log_position(), "id": self.identity()}
         write_whole(self.path / "last.pt", lambda file: torch.save(state, file))
 
     @on_first
@@ -198,7 +202,7 @@ class RunFolder:
             except Exception as error:  # a cut-off or foreign file raises one of many kinds
                 reason = str(error).split("\n")[0][:100]
                 raise InputError(f"{path}: cannot be loaded ({reason}): start again with --overwrite") from None
-            if not isinstance(state, dict) or state.get("id") != self.config().get("id"):
+            if not isinstance(state, dict) or "progress" not in state or state.get("id") != self.identity():
                 raise InputError(
                     f"{path}: saved by another run than config.json beside it: put the right one back, or start again "
                     "with --overwrite"

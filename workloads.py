@@ -64,7 +64,8 @@ class Sizes:
     """How much each part does.
 
     Units: rounds are turns of every variant; repeats are calls within a turn; steps are rows x tokens of a batch,
-    lengths its tokens; the others count examples, texts or pairs. `compiler` is torch's name for what compiles.
+    lengths its tokens; the others count examples, texts or pairs. `compiler` is torch's name for what compiles,
+    `whole` says that an epoch of the real data is trained too.
     """
 
     rounds: int = 5
@@ -82,6 +83,7 @@ class Sizes:
     optimized: tuple = (("MiniLM", MINILM), ("bert-base", {}))
     matrices: tuple = (1024, 2048)
     compiler: str = "inductor"
+    whole: bool = True
 
 
 GPU_SIZES = dict(repeats=10, train=9600, dev=2400, evaluated=9600, matrices=(4096, 8192)) | dict(
@@ -90,7 +92,7 @@ GPU_SIZES = dict(repeats=10, train=9600, dev=2400, evaluated=9600, matrices=(409
 QUICK_SIZES = dict(rounds=1, epoch_rounds=1, repeats=1, sentences=500, train=24, dev=24, evaluated=48) | dict(
     remembered=24, pairs=5000, growth=(24, 48), steps=((8, 16),), lengths=(8, 16), optimized=(("MiniLM", MINILM),)
 )
-QUICK_SIZES |= dict(matrices=(512,), compiler="aot_eager")
+QUICK_SIZES |= dict(matrices=(512,), compiler="aot_eager", whole=False)
 
 
 @dataclass
