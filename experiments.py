@@ -47,6 +47,7 @@ GROUPS = {
             "[CLS], seed 2": "--seed 2",
             "[CLS], seed 3": "--seed 3",
             "mean pooling, heads' dropout 0.1": "--pooling mean --hidden_dropout_prob 0.1 --seed 1",
+            "mean pooling, Bregman": "--pooling mean --bregman 1 --seed 1",
             "transformers, seed 1": "peer.py --epochs 4 --lr 5e-5 --batch_size 16 --seed 1 --precision bf16",
             "transformers, seed 2": "peer.py --epochs 4 --lr 5e-5 --batch_size 16 --seed 2 --precision bf16",
             "transformers, seed 3": "peer.py --epochs 4 --lr 5e-5 --batch_size 16 --seed 3 --precision bf16",
@@ -163,6 +164,8 @@ def same_flags(group, name, config):
         flags = vars(peer.make_parser().parse_args([*given, "--run_dir", ""]))
     else:
         flags = parse_flags(given)[0]
+        # where a row leaves it to the weights, the run has filled it in
+        flags["max_length"] = flags["max_length"] or config["flags"]["max_length"]
     return all(flags[key] == value for key, value in config["flags"].items() if key in flags.keys() - UNIMPORTANT)
 
 
@@ -280,19 +283,19 @@ def comparison_table(rows):
 def table(group, rows):
     """The group's table in Markdown."""
     tasks = [task for task in ("sst", "cfimdb", "para", "sts") if any(task in row["last"] for row in rows)]
-    head = ["row", *tasks, "norm", "raw", "best norm", "Quora positive", "train s", "eval s", "flags added"]
+    head = ["row", *tasks, "norm", "raw", "best norm", "Quora positive", "train s", "eval s", "MiB", "flags added"]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for row in rows:
         numbers = [row["last"].get(task) for task in tasks] + [row["last"]["norm"], row["last"]["raw"]]
         numbers += [row["best"]["norm"], row["positive_rate"]]
         cells = ["" if x is None else f"{x:.3f}" for x in numbers]
-        cells += [f"{row['train_seconds']:.0f}", f"{row['eval_seconds']:.0f}"]
+        cells += [f"{row['train_seconds']:.0f}", f"{row['eval_seconds']:.0f}", f"{row['peak_mib'] or ''}"]
         lines.append(f"| {row['name']} | {' | '.join(cells)} | `{GROUPS[group][1][row['name']] or ' '}` |")
     first, commits = rows[0], sorted({row["commit"] for row in rows})
     notes = [
         f"Scores of the last phase; `best norm` is chosen on the same dev data. All rows: `{COMMON} "
         f"{GROUPS[group][0]}`. Device {first['device']}, {first['threads']} threads, torch {first['torch']}; "
-        f"commits {', '.join(commits)}. Seconds are those of a shared machine: no benchmark."
+        f"commits {', '.join(commits)}. Seconds are those of a shared machine: no benchmark. MiB: the process's peak."
     ]
     for row in rows:
         if found := row.get("sweep"):

@@ -29,7 +29,13 @@ def test_rows_have_directories_of_their_own():
 def write_run(folder, flags):
     """A finished run's files with hand-made numbers."""
     folder.mkdir(parents=True)
-    config = {"flags": parse_flags(flags)[0], "commit": "c0ffee", "device": "cpu: test", "threads": 1, "torch": "2"}
+    config = {
+        "flags": parse_flags(flags)[0] | {"max_length": 512},
+        "commit": "c0ffee",
+        "device": "cpu: test",
+        "threads": 1,
+        "torch": "2",
+    }
     config |= {"data": {"a.csv": "00"}, "weights": {"folder": "", "sha256": {"m": "11"}}}
     scores = {"raw": 0.61, "norm": 0.72, "tasks": {"sst": {"accuracy": 0.5}, "sts": {"pearson": 0.66}}}
     summary = {"best": scores | {"norm": 0.73}, "last": scores, "phase_norms": [0.73, 0.72], "steps": 3}
@@ -44,7 +50,7 @@ def test_a_row_is_read_from_the_files_of_its_run(tmp_path):
     row = experiments.read_row(group, name, tmp_path / "run")
     assert (row["last"]["norm"], row["best"]["norm"], row["last"]["sts"]) == (0.72, 0.73, 0.66)
     line = experiments.table(group, [row]).splitlines()[2]
-    assert line == "| PCGrad | 0.500 | 0.660 | 0.720 | 0.610 | 0.730 | 0.250 | 12 | 4 | `--gradients pcgrad` |"
+    assert line == "| PCGrad | 0.500 | 0.660 | 0.720 | 0.610 | 0.730 | 0.250 | 12 | 4 | 9 | `--gradients pcgrad` |"
 
 
 def test_a_sweep_is_told_below_the_table(tmp_path):
