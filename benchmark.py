@@ -41,7 +41,7 @@ from torch import nn
 import timing
 from base_bert import BertConfig
 from bert import BertModel
-from datasets import Dataset, find_data_dir, read_dataset
+from datasets import SPLITS, Dataset, find_data_dir, read_dataset
 from early_exit import ExitInference, choose_policies
 from errors import InputError, run_script
 from evaluation import evaluate, full_depth, predict, score, summarise
@@ -236,23 +236,21 @@ def benchmark_run(setup, folder):
     data = setup.data_dir if setup.sizes.whole else HERE / "data" / "sample"
     usual = ["--weights", setup.weights, "--data_dir", data, "--epochs", 1, "--batch_size", TRAIN_BATCH, "--seed", 1]
     scripts, found = {"ours": "multitask_classifier.py", "transformers best": "peer.py"}, Found([])
-    for precision in setup.precisions[:1]:
-        peaks = {name: [] for name in scripts}
+    precision, peaks = setup.precisions[0], {name: [] for name in scripts}
 
-        def variant(name, precision=precision, peaks=peaks):
-            run = RunFolder(folder / f"{name}-{len(peaks[name])}")
-            launch(HERE / scripts[name], *usual, "--precision", precision, "--run_dir", run.path)
-            summary = run.read_summary()
-            peaks[name].append({"peak": summary["peak_mib"]})
-            return {"train": summary["train_seconds"], "evaluate": summary["eval_seconds"]}
+    def variant(name):
+        run = RunFolder(folder / f"{name}-{len(peaks[name])}")
+        launch(HERE / scripts[name], *usual, "--precision", precision, "--run_dir", run.path)
+        summary = run.read_summary()
+        peaks[name].append({"peak": summary["peak_mib"]})
+        return {"train": summary["train_seconds"], "evaluate": summary["eval_seconds"]}
 
-        setting = f"{precision}, a whole epoch, batch {TRAIN_BATCH}"
-        measured = timing.alternate({name: partial(variant, name) for name in scripts}, 1, setting)
-        rows = compare(setting, "s", measured)
-        found.goals += goals_against(rows, {"transformers best": EPOCH_GOALS[precision]["transformers best"]})
-        memory = compare(f"{setting}, memory", "MiB", peaks)
-        found.goals += goals_against(memory, {"transformers best": 1.0})
-        found.rows += rows + memory
+    setting = f"{precision}, a whole epoch, batch {TRAIN_BATCH}"
+    rows = compare(setting, "s", timing.alternate({name: partial(variant, name) for name in scripts}, 1, setting))
+    memory = compare(f"{setting}, memory", "MiB", peaks)
+    found.goals += goals_against(rows, {"transformers best": EPOCH_GOALS[precision]["transformers best"]})
+    found.goals += goals_against(memory, {"transformers best": 1.0})
+    found.rows += rows + memory
     return found
 
 
@@ -697,9 +695,7 @@ def main(argv=None):
     # as our program does; the peers are in the same process and have it too, except where memory is measured
     multitask_classifier.keep_freed_memory()
     device = multitask_classifier.choose_device(args.use_gpu)
-    folder, _ = find_data_dir(
-        args.data_dir, [task.file(split) for task in build_tasks().values() for split in ("train", "dev")]
-    )
+    folder, _ = find_data_dir(args.data_dir, [task.file(split) for task in build_tasks().values() for split in SPLITS])
     sizes, path = choose_sizes(args, device), report_path(args.results, device, args.quick)
     precisions = tuple(args.precision or PRECISIONS)[: 1 if args.quick else None]
     with tempfile.TemporaryDirectory() as drawn:

@@ -23,6 +23,10 @@ def stop_without(package):
     sys.exit(2)
 
 
+# how torch says it: of GPUs, of a CPU on Linux and macOS, of one on Windows
+NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+
+
 @contextmanager
 def spare_memory(advice):
     """Say what to do where memory, a GPU's or the machine's, does not suffice.
@@ -32,9 +36,8 @@ def spare_memory(advice):
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        # torch has one class for CUDA; on other devices it is a RuntimeError that says so
         told = str(error)
-        if isinstance(error, RuntimeError) and "out of memory" not in told and "not enough memory" not in told:
+        if isinstance(error, RuntimeError) and not any(words in told for words in NO_MEMORY):
             raise
         raise InputError(f"out of memory: {advice}") from None
 

@@ -80,7 +80,7 @@ def run_batches(model, data, rows, function, batch_size, precision, progress):
     results = []
     starts = deal(range(0, len(rows), batch_size))
     # one context for all batches, and not inference mode, in which autocast forgets: so the weights are cast once
-    with spare_memory(smaller("--eval_batch_size", batch_size)), precision():
+    with precision():
         for start in tqdm(starts, f"predict {data.task.name}", disable=not progress, leave=False):
             batch = data.batch(rows[order[start : start + batch_size]]).to(device)
             results.append(function(model, batch))
@@ -98,7 +98,8 @@ def predict(model, data, rows=None, batch_size=32, infer=full_depth, precision=n
     """
     rows = np.arange(len(data)) if rows is None else np.asarray(rows)
     rows_at_once = getattr(infer, "rows_at_once", batch_size)
-    outputs, exits = run_batches(model, data, rows, infer, rows_at_once, precision, progress)
+    with spare_memory(smaller("--eval_batch_size", batch_size)):
+        outputs, exits = run_batches(model, data, rows, infer, rows_at_once, precision, progress)
     outputs = outputs.float()
     values, probabilities = data.task.decode(outputs, model.threshold(data.task.name))
     probabilities = None if probabilities is None else probabilities.numpy()
@@ -108,7 +109,8 @@ def predict(model, data, rows=None, batch_size=32, infer=full_depth, precision=n
 def predict_exits(model, data, rows=None, batch_size=32, precision=nullcontext, progress=False):
     """What every exit says of rows of a dataset (the usable ones by default), from one full pass."""
     rows = data.usable if rows is None else np.asarray(rows)
-    outputs, confidence, lte = run_batches(model, data, rows, every_exit, batch_size, precision, progress)
+    with spare_memory(smaller("--eval_batch_size", batch_size)):
+        outputs, confidence, lte = run_batches(model, data, rows, every_exit, batch_size, precision, progress)
     values, _ = data.task.decode(outputs.flatten(0, 1), model.threshold(data.task.name))
     return AllExits(rows, data.labels[rows], values.view_as(lte).numpy(), confidence.numpy(), lte.numpy())
 

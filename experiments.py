@@ -14,15 +14,15 @@ import csv
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 # first of ours: it says what to do where torch is not installed
-import multitask_classifier  # isort: skip  # noqa: F401
+import peer  # isort: skip
 import numpy as np
 
-import peer
 from errors import InputError, run_script
 from evaluation import METRICS, normalise, paired_bootstrap
 from files import write_whole
@@ -149,7 +149,10 @@ def run_row(group, name, data_dir, runs):
     if data_dir:
         command += ["--data_dir", data_dir]
     if (folder / "config.json").exists():
-        command += ["--resume"]
+        if command[1].startswith(PEER):
+            shutil.rmtree(folder)
+        else:
+            command += ["--resume"]
     print(f"== {group}: {name}\n{' '.join(command[1:])}", flush=True)
     status = subprocess.run(command, cwd=HERE).returncode
     if status == 130:

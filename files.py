@@ -33,5 +33,5 @@ def write_whole(path, write):
             "what was there before is intact"
         ) from None
     finally:
-        if beside.exists():
+        if os.path.lexists(beside):
             beside.unlink()

@@ -246,7 +246,6 @@ def check_flags(flags, given):
             f"--{''.join(cosine[:1])}_loss cosine with --pooling mean has exits without parameters: nothing for the "
             "second stage of --exit_loss two_stage",
         ),
-        (flags["resume"] and flags["overwrite"], "--resume continues a run, --overwrite replaces it: choose one"),
         (frozen and flags["slf"], "--slf trains BERT layer by layer, --option pretrain freezes it"),
         (frozen and flags["lnsr"], "--lnsr steadies BERT's layers, --option pretrain freezes them"),
         (frozen and adapted, "--adapter freezes BERT by itself (without --train_backbone): use --option finetune"),
@@ -316,6 +315,9 @@ def check_flags(flags, given):
         (name not in flags["tasks"], f"--smart {name}: not among --tasks {' '.join(flags['tasks'])}")
         for name in flags["smart"] or ()
     ]
+    if flags["resume"]:
+        # the other flags are the saved run's: whether those given now are the same, check_same_run says
+        conflicts = [(flags["overwrite"], "--resume continues a run, --overwrite replaces it: choose one")]
     for applies, sentence in conflicts:
         if applies:
             raise InputError(sentence)

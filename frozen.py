@@ -61,7 +61,7 @@ class KeptStates:
             parts += [(data, order[i : i + batch_size]) for i in range(0, len(order), batch_size)]
         was_training, device = model.training, next(model.parameters()).device
         model.eval()
-        advice = f"{smaller('--eval_batch_size', batch_size)}, or leave out --slf_cache"
+        advice = f"{smaller('--eval_batch_size', batch_size)}, or start again without --slf_cache"
         for i in range(self.layer + 1, layer + 1):
             with spare_memory(advice), precision():
                 for data, part in tqdm(parts, f"states after layer {i}", disable=not progress, leave=False):

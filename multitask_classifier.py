@@ -15,7 +15,6 @@ One that is off is not built, so that the baseline stays bit-identical.
 import ctypes
 import json
 import os
-import resource
 import shutil
 import signal
 import sys
@@ -68,6 +67,7 @@ from runs import (
     command_line,
     describe_environment,
     hash_weights,
+    memory_mib,
     name_run,
     sha256,
 )
@@ -320,8 +320,8 @@ class Parts:
         return {"batch_size": self.eval_batch_size, "precision": self.precision}
 
 
-class Interrupted(Exception):
-    """SIGINT or SIGTERM, at a place where the state can be saved."""
+class Interrupted(BaseException):
+    """SIGINT or SIGTERM, at a place where the state can be saved; nothing but its handler may catch it."""
 
 
 class SignalGuard:
@@ -481,14 +481,6 @@ def mean_cosines(pending):
     return {pair: sum(found) / len(found) for pair, found in values.items()}
 
 
-def peak_memory(device):
-    """Peak memory of the process (or of the GPU) in MiB."""
-    if device.type == "cuda":
-        return round(torch.cuda.max_memory_allocated(device) / 2**20)
-    unit = 2**20 if sys.platform == "darwin" else 2**10
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit)
-
-
 def snapshot(parts, optimizer, progress):
     """Everything a resumed run needs, loadable with weights_only=True.
 
@@ -551,7 +543,7 @@ def log_steps(parts, folder, phase, progress, optimizer, pending, seconds):
         lr=optimizer.param_groups[0]["lr"],
         seconds=round(seconds, 3),
         examples_per_second=round(count / seconds, 1),
-        peak_mib=peak_memory(parts.device),
+        peak_mib=round(memory_mib(parts.device)),
         **({"cosines": cosines} if (cosines := mean_cosines(pending)) else {}),
     )
     losses = " ".join(f"{name} {sum(values.values()):.3f}" for name, values in terms.items())
@@ -697,6 +689,9 @@ def train(parts, folder, state=None):
             train_phase(parts, folder, phase, progress, optimizer, signals)
             known = evaluate_phase(parts, folder, phase, progress, optimizer, signals)
             phase = send(plan, progress.scores[-1])
+        # one that came while the last state was saved
+        if parallel.any_process(signals.received is not None)[0]:
+            raise Interrupted
     return progress, known
 
 
@@ -967,7 +962,7 @@ def finish(parts, folder, progress, known):
         "finish_seconds": round(time.monotonic() - started, 1),
         "mean_layers": float(np.mean([metrics["mean_layers"] for metrics in counted["tasks"].values()])),
         "positive_rate": scores["tasks"].get("para", {}).get("positive_rate"),
-        "peak_mib": peak_memory(parts.device),
+        "peak_mib": round(memory_mib(parts.device)),
         "exits": exits,
     }
     folder.summary(summary)
@@ -1029,7 +1024,7 @@ def evaluate_run(flags, given):
     data, files = read_data(run.flags, run.model.tasks, run.tokenizer)
     before = RunFolder(flags["run_dir"]).config()["data"]
     for name, path in files.items():
-        if before.get(name) != sha256(path):
+        if sha256(path) not in (before.get(name), before.get(path.name)):
             print(f"note: {path} is not a file of the training run: do not compare its scores with that run's")
     # a few hundred batches are sooner done than the layers translated
     parts = build(run.flags | {"option": "finetune", "compile": False}, run.model, data, device)
@@ -1049,7 +1044,7 @@ def check_fits(flags, tasks, config, weights):
     if packed and config.type_vocab_size < 2:
         raise InputError(
             f"--pairs: {weights} has one kind of segment (type_vocab_size 1), {packed[0]} packs two: "
-            f"use --pairs {packed[0]}=siamese"
+            f"use --pairs {' '.join(f'{name}=siamese' for name in packed)}"
         )
     if not SHORTEST <= flags["max_length"] <= config.max_position_embeddings:
         raise InputError(
@@ -1084,7 +1079,8 @@ def start_run(flags, given, defaults):
     if flags["resume"]:
         check_same_files(config["data"], hashes, files)
         now = hash_weights(weights)
-        check_same_files(config["weights"]["sha256"], now, {name: weights / name for name in now})
+        before = config["weights"]["sha256"]
+        check_same_files(before, now, {name: weights / name for name in before | now})
     print("\n".join(report(data)))
     bert = BertModel.from_pretrained(weights, attention=flags["attention"])
     model = build_model(flags, tasks, bert).to(device)
@@ -1114,6 +1110,8 @@ def start_run(flags, given, defaults):
     if flags["batch_size"] > 1:
         half = f"--batch_size {flags['batch_size'] // 2} --accumulate {2 * flags['accumulate']}"
         advice += f", or start again with --overwrite {half}, which computes the same"
+    if flags["slf_cache"]:
+        advice += " (and without --slf_cache)"
     try:
         with spare_memory(advice):
             progress, known = train(parts, folder, state)

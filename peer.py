@@ -19,22 +19,25 @@ import csv
 import random
 import time
 
-# first of ours: it says what to do where torch is not installed
-import multitask_classifier  # isort: skip
-import numpy as np
-import torch
-from torch import nn
-from torch.nn import functional as F
-from tqdm import tqdm
+# ours, but it needs none of the packages: it says what to do where they are not installed
+from errors import InputError, run_script, stop_without  # isort: skip
+
+try:
+    import numpy as np
+    import torch
+    from torch import nn
+    from torch.nn import functional as F
+    from tqdm import tqdm
+except ImportError as error:
+    stop_without(error.name)
 
 from base_bert import find_weights
 from datasets import find_data_dir
-from errors import InputError, run_script
 from evaluation import METRICS, format_value, normalise
 from files import write_whole
 from flags import positive_int
 from optimizer import parameter_groups
-from runs import RunFolder, command_line, describe_environment, hash_weights, sha256
+from runs import RunFolder, command_line, describe_environment, hash_weights, memory_mib, sha256
 from samplers import epoch_rows
 from tasks import build_tasks
 
@@ -263,7 +266,7 @@ def main(argv=None):
                 write_whole(folder.path / "predictions" / f"{name}-dev-output.csv", "\n".join(lines) + "\n")
     summary = {"best": best, "last": scores, "phase_norms": norms, "steps": count}
     summary |= {"train_seconds": round(train_seconds, 1), "eval_seconds": round(eval_seconds, 1)}
-    summary["peak_mib"] = multitask_classifier.peak_memory(device)
+    summary["peak_mib"] = round(memory_mib(device))
     folder.summary(summary | {"positive_rate": metrics["para"]["positive_rate"]})
 
 

@@ -12,8 +12,8 @@ It runs the code of evaluation.py, so that a text gets the numbers that it gets 
 import csv
 import io
 import math
+import os
 import sys
-from pathlib import Path
 
 # first of ours: it says what to do where torch is not installed
 import multitask_classifier  # isort: skip
@@ -113,7 +113,7 @@ def answer_table(predictions):
 def main(argv=None):
     """Answer what the command line asks."""
     args = make_parser().parse_args(argv)
-    if args.out and Path(args.out).exists():
+    if args.out and os.path.lexists(args.out):
         raise InputError(f"--out {args.out}: exists already: remove it, or choose another name")
     device = multitask_classifier.choose_device(args.use_gpu)
     given = {name: value for name in ("precision", "eval_batch_size") if (value := getattr(args, name))}

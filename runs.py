@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import platform
+import resource
 import shutil
 import subprocess
 import sys
@@ -83,6 +84,19 @@ def describe_environment(device):
     }
 
 
+def memory_mib(device, peak=True):
+    """Memory that this process holds, or most that it has held: of the GPU where there is one. Units: MiB.
+
+    On Linux this is not getrusage's ru_maxrss, in which the process that started this one counts too.
+    """
+    if device.type == "cuda":
+        return (torch.cuda.max_memory_allocated if peak else torch.cuda.memory_allocated)(device) / 2**20
+    status, key = Path("/proc/self/status"), "VmHWM" if peak else "VmRSS"
+    if status.exists():
+        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(key)) / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # macOS counts bytes
+
+
 class RunFolder:
     """A run directory, new or resumed."""
 
@@ -94,16 +108,19 @@ class RunFolder:
         """Whether a run has been started here (a weights folder has a config.json too, without flags)."""
         try:
             return "flags" in json.loads((self.path / "config.json").read_text())
-        except (OSError, ValueError):
+        except (OSError, ValueError, TypeError):
             return False
 
     def half_made(self):
         """Whether what is here is only what a killed `create` left behind."""
-        return (self.path / STAGING).is_dir() and not (self.path / "config.json").exists()
+        if (self.path / "config.json").exists():
+            return False
+        # all of the new files are there before anything of an old run goes
+        return (self.path / STAGING / "config.json").exists() or list(self.path.iterdir()) == [self.path / STAGING]
 
     def refuse_existing(self, overwrite):
         """Fail where something is here already that must not be replaced."""
-        if not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir())) or self.half_made():
+        if not self.path.exists() or (self.path.is_dir() and (not any(self.path.iterdir()) or self.half_made())):
             return
         if not overwrite:
             raise InputError(
@@ -276,11 +293,15 @@ def check_same_run(config, flags, given):
 
 def check_same_files(before, now, paths):
     """Fail where a resumed run reads other files than it was started with: {name: sha256} twice, {name: path}."""
-    for name, value in now.items():
-        if before.get(name) != value:
-            raise InputError(
-                f"{paths[name]}: not the file this run was started with (its sha256 differs): cannot resume"
-            )
+    for name in before | now:
+        if name not in now:
+            found = "this run was started with it, and it is gone"
+        elif name not in before:
+            found = "this run was started without it"
+        else:
+            found = "not the file this run was started with (its sha256 differs)"
+        if before.get(name) != now.get(name):
+            raise InputError(f"{paths.get(name, name)}: {found}: cannot resume")
 
 
 def hash_weights(folder):

@@ -13,13 +13,13 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import wraps
 from multiprocessing import get_context
-from pathlib import Path
 from unittest.mock import patch
 
 import torch
 from tqdm import tqdm
 
 from files import write_whole
+from runs import memory_mib
 
 MIB = 2**20
 
@@ -134,21 +134,6 @@ def measure_matrix_peak(device, dtype, sizes, repeats=5):
 
 
 # --- memory -------------------------------------------------------------------------------------------------------
-
-
-def memory_mib(device, peak=True):
-    """Memory that this process holds, or most that it has held: of the GPU where there is one. Units: MiB.
-
-    Differs: on Linux not getrusage's ru_maxrss, in which the process that started this one counts too.
-    """
-    if device.type == "cuda":
-        return (torch.cuda.max_memory_allocated if peak else torch.cuda.memory_allocated)(device) / MIB
-    status, key = Path("/proc/self/status"), "VmHWM" if peak else "VmRSS"
-    if status.exists():
-        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(key)) / 1024
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / MIB
 
 
 def measure_memory(device, threads, call):

@@ -147,6 +147,7 @@ def test_wrong_questions_are_refused_in_one_line(ask, trained, tmp_path):
     shutil.copy(trained.data / "ids-sst-dev.csv", mine)
     before = mine.read_bytes()
     assert "--out" in refused(ask, "sst", "--file", mine, "--out", mine) and mine.read_bytes() == before
+    assert "cannot be written" in refused(ask, "sst", "a film", "--out", tmp_path / ("long" * 100))
     assert "file/out.csv" in refused(ask, "sst", "a film", "--out", trained.run / "vocab.txt" / "file/out.csv")
 
 

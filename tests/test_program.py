@@ -46,6 +46,7 @@ import multitask_classifier
 import runs
 from bert import BertModel
 from datasets import read_dataset
+from early_exit import ExitInference
 from errors import InputError
 from evaluation import predict
 from flags import parse_flags
@@ -478,17 +479,24 @@ def test_a_start_that_was_killed_is_no_obstacle(program, whole, kill, at, old):
     assert_same_end(program.train(name, *OFTEN, *flags), whole)
 
 
-PLACES = {"train_step": (multitask_classifier, 3), "predict": (evaluation, 7), "write_predictions": (closing, 14)}
+# {function: (its module, the call that is interrupted, steps that are saved then)}
+PLACES = {
+    "train_step": (multitask_classifier, 3, 3),
+    "predict": (evaluation, 3, STEPS_PER_EPOCH),
+    "write_predictions": (closing, 3, 2 * STEPS_PER_EPOCH),
+    "load_file": (runs.safetensors.torch, 2, 2 * STEPS_PER_EPOCH),
+    "send": (multitask_classifier, 2, 2 * STEPS_PER_EPOCH),
+}
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
 @pytest.mark.parametrize("place", PLACES)
 def test_a_signal_saves_and_says_how_to_continue(program, whole, monkeypatch, capsys, number, place):
-    """`predict` is called within the evaluation of an epoch, after the last of its steps."""
-    owner, steps = PLACES[place]
+    """`predict` is called within the evaluation of an epoch, after the last of its steps, `send` after the last one."""
+    owner, at, steps = PLACES[place]
     name = f"{place}-{number.name}"
     with monkeypatch.context() as patch:
-        call_at(patch, owner, place, 3, lambda: os.kill(os.getpid(), number))
+        call_at(patch, owner, place, at, lambda: os.kill(os.getpid(), number))
         status = main(program.command(name, "--keep_last"))
     told = capsys.readouterr().err
     assert status == 130
@@ -551,6 +559,13 @@ def test_a_run_is_not_continued_as_another_one(fresh, monkeypatch):
         path.write_text(kept.replace(*words))
         assert f"weights/{name}" in fresh.refused("run", "--resume")
         path.write_text(kept)
+    path = fresh.weights / "tokenizer_config.json"
+    path.write_text("{}")
+    assert "tokenizer_config.json" in fresh.refused("run", "--resume")
+    path.unlink()
+    (fresh.weights / "vocab.txt").rename(fresh.folder / "away")
+    assert "vocab.txt" in fresh.refused("run", "--resume")
+    (fresh.folder / "away").rename(fresh.weights / "vocab.txt")
     assert content(run) == before
     fresh.train("run", "--resume")
 
@@ -622,6 +637,10 @@ def test_what_is_no_run_is_never_replaced(fresh):
     assert (own / "thesis.txt").is_file() and (fresh.weights / "model.safetensors").is_file()
     (fresh.folder / "file").write_text("")
     assert str(fresh.path("file")) in fresh.refused("file")
+    (own / runs.STAGING).mkdir()
+    assert "not a run" in fresh.refused("own", "--overwrite") and (own / "thesis.txt").is_file()
+    (own / "config.json").write_text("1")
+    assert "not a run" in fresh.refused("own", "--overwrite") and (own / "thesis.txt").is_file()
     assert "file/run" in fresh.refused("file/run")
 
 
@@ -709,7 +728,12 @@ def no_room(*arguments, **keywords):
     raise RuntimeError("MPS backend out of memory (MPS allocated: 8 GB).")
 
 
-@pytest.mark.parametrize("fail", [no_memory, no_room])
+def ask_for_too_much(*arguments, **keywords):
+    """What this machine's own allocator says."""
+    torch.empty(2**55)
+
+
+@pytest.mark.parametrize("fail", [no_memory, no_room, ask_for_too_much])
 def test_a_step_without_memory_names_the_batch_to_try(program, whole, monkeypatch, fail):
     name = f"memory-{fail.__name__}"
     with monkeypatch.context() as patch:
@@ -740,6 +764,12 @@ def test_an_evaluation_without_memory_names_its_own_batch(program, whole, monkey
         assert "--eval_batch_size 16" in program.refused("memory-features", "--option", "pretrain")
         evaluated = ["--option", "evaluate", "--run_dir", str(whole), "--data_dir", str(program.data)]
         assert "--eval_batch_size 16" in refusal(main, evaluated)
+        patch.setattr(multitask_classifier.MultitaskBERT, "embed", no_memory)
+        # leaving early, more rows at once are asked for than the flag says
+        inference = ExitInference({"sst": "confidence"}, {"sst": 0.5}, 32)
+        task = build_tasks()["sst"]
+        data = read_dataset(task, program.data / task.file("dev"), program.tokenizer, 40)
+        assert "--eval_batch_size 16" in refusal(predict, make_model(exits=True), data, None, 32, inference)
     # the epoch is not lost, and the advice is taken
     assert state_of(program.path("memory-dev"))["progress"]["total_steps"] == STEPS_PER_EPOCH
     assert_same_end(program.train("memory-dev", "--keep_last", "--resume", "--eval_batch_size", 16), whole)
@@ -803,7 +833,7 @@ def test_a_mistake_at_the_command_line_is_one_line_and_status_2(program, monkeyp
 def test_weights_with_one_kind_of_segment_take_no_packed_pairs(fresh):
     path = fresh.weights / "config.json"
     path.write_text(path.read_text().replace('"type_vocab_size": 2', '"type_vocab_size": 1'))
-    assert "--pairs para=siamese" in fresh.refused("run")
+    assert "--pairs para=siamese sts=siamese" in fresh.refused("run")
 
 
 def test_a_run_is_named_by_what_differs_from_the_defaults(program):

@@ -41,9 +41,9 @@ MAY_IMPORT = {
     "runs": ("errors", "files", "parallel"),
     "multitask_classifier": LOOP,
     "predict": (*LOOP, "multitask_classifier"),
-    "peer": (*LOOP, "multitask_classifier"),
+    "peer": LOOP,
     "experiments": (*LOOP, "multitask_classifier", "peer"),
-    "timing": ("files",),
+    "timing": ("files", "runs"),
     "workloads": (*LOOP, "multitask_classifier", "peer", "timing"),
     "benchmark": (*LOOP, "multitask_classifier", "peer", "timing", "workloads"),
 }
