@@ -85,6 +85,8 @@ GROUPS = {
             "Full SMART": "--smart",
             "early exit, joint": "--early_exit",
             "LNSR": "--lnsr 1",
+            "LNSR, weight 100": "--lnsr 100",
+            "LNSR, weight 1000": "--lnsr 1000",
             "SMART, literal radius": "--smart --smart_radius 2e-5 --smart_step 2e-3 --smart_noise 2e-5",
             "all tasks a step": "--step all_tasks",
             "early exit, weighted": "--early_exit --exit_loss weighted",

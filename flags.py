@@ -188,7 +188,7 @@ def make_parser():
     smooth.add_argument("--bregman", type=at_least_zero, metavar="W", default=0.0,
                         help="weight of the Bregman proximal term")
     smooth.add_argument("--lnsr", type=at_least_zero, metavar="W", default=0.0,
-                        help="weight of layer-wise noise stability")
+                        help="weight of layer-wise noise stability, a mean over the hidden units: 1 hardly counts")
 
     layers = parser.add_argument_group("adapters (layer-level adaptations 2.1, 3.2)")
     layers.add_argument("--adapter", nargs="+", choices=("none", *ADAPTERS), default=["none"],
