@@ -187,6 +187,7 @@ def make_parser():
                         help="start noise over the embeddings' RMS; gaussian: its standard deviation")
     smooth.add_argument("--bregman", type=at_least_zero, metavar="W", default=0.0,
                         help="weight of the Bregman proximal term")
+    smooth.add_argument("--bregman_tasks", nargs="+", metavar="TASK", help="the tasks that it is for; default all")
     smooth.add_argument("--lnsr", type=at_least_zero, metavar="W", default=0.0,
                         help="weight of layer-wise noise stability, a mean over the hidden units: 1 hardly counts")
 
@@ -311,9 +312,11 @@ def check_flags(flags, given):
         (gaussian and name in given, f"--{name} belongs to --smart_form adversarial")
         for name in ("smart_radius", "smart_step")
     ]
+    conflicts += [(flags["bregman_tasks"] and not flags["bregman"], "--bregman_tasks belongs to --bregman")]
     conflicts += [
-        (name not in flags["tasks"], f"--smart {name}: not among --tasks {' '.join(flags['tasks'])}")
-        for name in flags["smart"] or ()
+        (name not in flags["tasks"], f"--{flag} {name}: not among --tasks {' '.join(flags['tasks'])}")
+        for flag in ("smart", "bregman_tasks")
+        for name in flags[flag] or ()
     ]
     if flags["resume"]:
         # the other flags are the saved run's: whether those given now are the same, check_same_run says

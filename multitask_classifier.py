@@ -849,7 +849,7 @@ def build_terms(flags, model):
         given = {key: value for key, value in given.items() if value is not None}
         terms["smart"] = form(chosen, noise("smart"), mixed_precision=mixed, **given)
     if flags["bregman"]:
-        terms["bregman"] = Bregman(model, flags["bregman"])
+        terms["bregman"] = Bregman(model, flags["bregman"], flags["bregman_tasks"])
     if flags["lnsr"]:
         terms["lnsr"] = LNSR(noise("lnsr"), flags["lnsr"])
     return terms

@@ -215,8 +215,8 @@ class Bregman:
     Differs: one step of the proximal problem per update, as in the authors' code.
     """
 
-    def __init__(self, model, weight=1.0):
-        self.weight = weight
+    def __init__(self, model, weight=1.0, tasks=None):
+        self.weight, self.tasks = weight, tuple(tasks or model.tasks)
         self.teacher = {
             name: parameter.detach().clone()
             for name, parameter in model.named_parameters()
@@ -252,7 +252,9 @@ class Bregman:
             parameter.lerp_(parameters[name], 1 - decay)
 
     def __call__(self, model, batch, outputs, exit_weights):
-        """The term of each example. Shapes: [b]."""
+        """The term of each example; zeros for a task that it is not for. Shapes: [b]."""
+        if batch.task.name not in self.tasks:
+            return torch.zeros(len(batch), device=batch.labels.device)
         teacher = self.answer(model, batch, exit_weights)
         divergence = batch.task.divergence
         return self.weight * sum(w * divergence(outputs.logits[i], teacher[i]) for i, w in exit_weights.items())

@@ -806,6 +806,8 @@ BAD_FLAGS = [
     (("--sampler", "alternating"), "--sampler"),
     (("--sampler", "random", "--gradients", "pcgrad"), "--sampler random"),
     (("--momentum", "0.9"), "--optimizer sgd"),
+    (("--bregman_tasks", "sst"), "--bregman"),
+    (("--bregman", "1", "--bregman_tasks", "cfimdb"), "--bregman_tasks cfimdb"),
     (("--momentum", "1", "--optimizer", "sgd"), "--momentum"),
     (("--nesterov", "--optimizer", "sgd"), "--momentum"),
     (("--cosine_margin", "0.2"), "--para_loss cosine"),

@@ -414,6 +414,12 @@ def test_noise_is_zero_on_padding_and_its_generator_resumes():
 # --- Bregman ------------------------------------------------------------------------------------------------------
 
 
+def forward_of(model, name):
+    """A batch of a task, the model's answer to it, and the exit's weight."""
+    batch = make_batch(model.tasks[name])
+    return batch, *forward(model, batch)
+
+
 def test_bregman_on_a_quadratic():
     """Task loss a (w - c)^2 and f = w x: the proximal minimiser is (a c + mu x^2 w_t) / (a + mu x^2)."""
     model, a, c, mu = LinearModel(d=1), 0.7, 2.0, 3.0
@@ -428,6 +434,16 @@ def test_bregman_on_a_quadratic():
     assert torch.allclose(value, mu * (x * (model.w - teacher)) ** 2, rtol=1e-12) and value > 0
     (slope,) = torch.autograd.grad((a * (model.w - c) ** 2 + value).sum(), model.w)
     assert slope.abs().item() < 1e-12
+
+
+def test_bregman_for_some_tasks_leaves_the_others_alone():
+    model = make_model()
+    term = Bregman(model, tasks=["sts"])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1
+    values = {name: term(model, *forward_of(model, name)) for name in ("sst", "sts")}
+    assert values["sst"].shape == (4,) and (values["sst"] == 0).all() and (values["sts"] > 0).all()
 
 
 def test_the_teacher_is_the_average_by_hand_after_three_steps():
