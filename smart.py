@@ -216,7 +216,7 @@ class Bregman:
     """
 
     def __init__(self, model, weight=1.0, tasks=None):
-        self.weight, self.tasks = weight, tuple(tasks or model.tasks)
+        self.weight, self.tasks = weight, tasks
         self.teacher = {
             name: parameter.detach().clone()
             for name, parameter in model.named_parameters()
@@ -253,7 +253,7 @@ class Bregman:
 
     def __call__(self, model, batch, outputs, exit_weights):
         """The term of each example; zeros for a task that it is not for. Shapes: [b]."""
-        if batch.task.name not in self.tasks:
+        if self.tasks and batch.task.name not in self.tasks:
             return torch.zeros(len(batch), device=batch.labels.device)
         teacher = self.answer(model, batch, exit_weights)
         divergence = batch.task.divergence

@@ -60,10 +60,10 @@ def first_steps(program, start, text, steps=2):
 
     In the first steps every task has had its turn: random order is replaced by round robin.
     """
-    usual = "--epochs 1 --batch_size 4 --lr 0.003 --max_length 40 --split full --sampler round_robin"
-    usual += f" --data_dir {program.data}"
+    usual = f"--epochs 1 --batch_size 4 --lr 0.003 --max_length 40 --split full --data_dir {program.data}"
     flags, given, _ = parse_flags([*usual.split(), *text.split()])
     check_flags(flags, given)
+    flags["sampler"] = "round_robin"
     torch.manual_seed(0)
     tasks = task_table(flags)
     tokenizer, bert, cache = start
@@ -141,7 +141,9 @@ def test_a_training_step_never_waits_for_the_device(program, start, text, monkey
     """The meta device holds no numbers: what would make the host wait for a GPU's number fails there."""
     # which does not know the meta device; in float32 it is off anyway
     monkeypatch.setattr(torch, "autocast", lambda *how, **kw: nullcontext())
-    flags, given, _ = parse_flags(["--batch_size", "2", "--data_dir", str(program.data), *text.split()])
+    flags, given, _ = parse_flags(
+        ["--batch_size", "2", "--max_length", "40", "--data_dir", str(program.data), *text.split()]
+    )
     check_flags(flags, given)
     tokenizer, bert, _ = start
     tasks, device = task_table(flags), torch.device("meta")
