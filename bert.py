@@ -111,6 +111,7 @@ class BertLayer(nn.Module):
     the last LayerNorm).
 
     Source: Vaswani et al. (2017), section 3.1; Devlin et al. (2019), section 3.
+    Differs: BERTer 3 writes the second residual without the first LayerNorm, LN(h + FFN(LN(h + MH(h)))).
     """
 
     def __init__(self, config, layer_index, attention):

@@ -15,6 +15,8 @@ The target t_i is a label: nothing is learned through it. J_i does reach the bac
 Differs: BERTer has no scale; with labels from 0 to 5 tanh would hardly tell an error of 2 from one of 5, so the
 scale is half the label's range and the largest possible error is at tanh(2). h_i is the vector that the head sees.
 BERxiT's public code trains the opposite sign (the probability to go on) and leaves *below* a threshold.
+J_i is trained with --early_exit only, and then for every task, so that a saved run may be asked to leave by either
+certainty; training plans that have exits for their own sake (--slf) do without it.
 """
 
 import copy
@@ -130,7 +132,7 @@ def weigh_deeper(depth):
 
 
 def weigh_alternating(depth):
-    """By turns, a step on the last exit alone and a step on all of them. Source: BERxiT."""
+    """By turns, a batch of a task on the last exit alone and one on all of them. Source: BERxiT."""
     return ({depth: 1.0}, *weigh_joint(depth))
 
 
@@ -138,7 +140,7 @@ EXIT_WEIGHTS = {"joint": weigh_joint, "weighted": weigh_deeper, "alternating": w
 
 
 def exit_weights(kind, depth):
-    """The cycle of {exit layer: weight}, one entry per step, that a training phase takes."""
+    """The cycle of {exit layer: weight}, one entry per batch of a task, that a training phase takes."""
     return EXIT_WEIGHTS[kind](depth)
 
 

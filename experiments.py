@@ -121,6 +121,25 @@ GROUPS = {
             "no weight decay": "--weight_decay 0",
         },
     ),
+    # SMARTer BERT's claim about data splits: SST and STS cut to the paper's share of Quora, one to 16.6, and as many
+    # examples for every split
+    "splits": (
+        "--epochs 4 --batch_size 16 --pooling mean --train_rows sst=854 sts=604",
+        {
+            "equal, seed 1": "--split equal --epoch_size 3.375 --seed 1",
+            "proportional, seed 1": "--split proportional --epoch_size 4.5 --seed 1",
+            "full, seed 1": "--split full --epoch_size 0.5 --seed 1",
+            "full, one task after another, seed 1": "--split full --sampler sequential --epoch_size 0.5 --seed 1",
+            "full, square root, seed 1": "--split full --sampler sqrt --epoch_size 0.5 --seed 1",
+            "full, annealed, seed 1": "--split full --sampler annealed --epoch_size 0.5 --seed 1",
+            "equal, seed 2": "--split equal --epoch_size 3.375 --seed 2",
+            "proportional, seed 2": "--split proportional --epoch_size 4.5 --seed 2",
+            "full, seed 2": "--split full --epoch_size 0.5 --seed 2",
+            "full, one task after another, seed 2": "--split full --sampler sequential --epoch_size 0.5 --seed 2",
+            "full, square root, seed 2": "--split full --sampler sqrt --epoch_size 0.5 --seed 2",
+            "full, annealed, seed 2": "--split full --sampler annealed --epoch_size 0.5 --seed 2",
+        },
+    ),
     "exits": (
         "--batch_size 16 --seed 1",
         {

@@ -49,6 +49,14 @@ def positive(text):
     return value
 
 
+def cosine(text):
+    """An argparse type: a number from -1 to below 1."""
+    value = float(text)
+    if not -1 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not from -1 to below 1")
+    return value
+
+
 def share(text):
     """An argparse type: a number from 0 to below 1."""
     value = at_least_zero(text)
@@ -125,7 +133,10 @@ def make_parser():
         for split in SPLITS:
             data.add_argument(f"--{name}_{split}", metavar="CSV", help=f"the {name} {split} file, if not in --data_dir")
     data.add_argument("--split", choices=DATA_SPLITS, default="equal", help="how much of each task an epoch takes")
-    data.add_argument("--sampler", choices=SAMPLERS, default="random", help="which task comes next")
+    data.add_argument("--train_rows", nargs="+", metavar="TASK=N",
+                      help="train on N rows of a task, drawn by --seed; default all")
+    data.add_argument("--sampler", choices=SAMPLERS, default="random",
+                      help="which task comes next; proportional, sqrt, annealed differ with --split full")
     data.add_argument("--max_length", type=positive_int,
                       help="tokens per text or packed pair; default 512, or the weights' positions if they are fewer")
     data.add_argument("--pairs", nargs="+", metavar="ENC", default=["concat"],
@@ -142,7 +153,7 @@ def make_parser():
     model.add_argument("--precision", choices=PRECISIONS, default="fp32", help="autocast precision")
     model.add_argument("--para_loss", choices=tuple(PARA_LOSSES), default="bce", help="loss of the paraphrase task")
     model.add_argument("--sts_loss", choices=tuple(STS_LOSSES), default="mse", help="loss of the similarity task")
-    model.add_argument("--cosine_margin", type=share, default=0.0, help="margin of the cosine embedding loss")
+    model.add_argument("--cosine_margin", type=cosine, default=0.0, help="margin of the cosine embedding loss")
 
     plan = parser.add_argument_group("optimisation")
     plan.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw", help="update rule")
@@ -190,6 +201,8 @@ def make_parser():
     smooth.add_argument("--bregman_tasks", nargs="+", metavar="TASK", help="the tasks that it is for; default all")
     smooth.add_argument("--lnsr", type=at_least_zero, metavar="W", default=0.0,
                         help="weight of layer-wise noise stability, a mean over the hidden units: 1 hardly counts")
+    smooth.add_argument("--lnsr_noise", type=positive, default=0.05,
+                        help="its noise's standard deviation over the embeddings' RMS")
 
     layers = parser.add_argument_group("adapters (layer-level adaptations 2.1, 3.2)")
     layers.add_argument("--adapter", nargs="+", choices=("none", *ADAPTERS), default=["none"],
@@ -312,6 +325,7 @@ def check_flags(flags, given):
         (gaussian and name in given, f"--{name} belongs to --smart_form adversarial")
         for name in ("smart_radius", "smart_step")
     ]
+    conflicts += [("lnsr_noise" in given and not flags["lnsr"], "--lnsr_noise belongs to --lnsr")]
     conflicts += [(flags["bregman_tasks"] and not flags["bregman"], "--bregman_tasks belongs to --bregman")]
     conflicts += [
         (name not in flags["tasks"], f"--{flag} {name}: not among --tasks {' '.join(flags['tasks'])}")

@@ -54,6 +54,7 @@ from flags import (
     parse_flags,
     per_task,
     positive,
+    positive_int,
     sweep_levels,
     threshold,
 )
@@ -87,6 +88,8 @@ LEARNING_RATES = {
 }
 # room for the special tokens of any pair encoding and one word; the length of a text if the weights take as much
 SHORTEST, LONGEST = 5, 512
+# about how many training rows a decision threshold is fitted on
+THRESHOLD_ROWS = 2000
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # what --compile uses, and how many variants of a layer it may translate
 COMPILER, TRANSLATIONS = "inductor", 128
@@ -187,7 +190,7 @@ class MultitaskBERT(nn.Module):
     def head(self, i, state, task):
         """Output of exit i's head for a task. Shapes: [b,w] -> [b,o]."""
         heads = self.heads if i == self.depth else self.exits[i - 1].heads
-        return heads[task.name](self.dropout(state))
+        return heads[task.name](self.dropout(state) if task.head_dropout else state)
 
     def encode(self, hidden, masks, task, start=0, stop=None):
         """Run layers start + 1 .. stop over every encoder pass, yielding (i, hidden) after layer i.
@@ -254,7 +257,7 @@ def mean_pool(h, mask):
 
 
 def pair_features(u, v, kind):
-    """Features of two sentence vectors: [u; v] or [u; v; |u - v|]. Source: BERTer 3.4; Sentence-BERT."""
+    """Features of two sentence vectors: [u; v] or [u; v; |u - v|]. Source: Sentence-BERT, section 3; BERTer 2."""
     return torch.cat([u, v] if kind == "uv" else [u, v, (u - v).abs()], dim=-1)
 
 
@@ -374,7 +377,10 @@ def phase_rows(parts, phase, position):
 
 
 def phase_steps(parts, phase, position):
-    """The steps of a phase: each a list of (task, rows); a pure function of seed and position."""
+    """The steps of a phase: each a list of (task, rows, {exit layer: weight}); a pure function of seed and position.
+
+    A task goes through the phase's cycle of exits by its own batches, so that it meets all of them in any task order.
+    """
     batches = {}
     for name, chosen in phase_rows(parts, phase, position).items():
         rng = generator(parts.seed, "batches", name, position)
@@ -388,7 +394,8 @@ def phase_steps(parts, phase, position):
     else:
         rng = generator(parts.seed, "order", position)
         order = [[pair] for pair in task_order(parts.sampler, counts, k / max(1, n - 1), rng)]
-    return [[(name, batches[name][b]) for name, b in step] for step in order]
+    cycle = phase.exit_weights
+    return [[(name, batches[name][b], cycle[b % len(cycle)]) for name, b in step] for step in order]
 
 
 def set_trainable(model, phase, may_train):
@@ -401,8 +408,8 @@ def set_trainable(model, phase, may_train):
     return trainable
 
 
-def train_step(parts, optimizer, step, exit_weights, multiplier):
-    """One optimiser step over the (task, rows) of `step`.
+def train_step(parts, optimizer, step, multiplier):
+    """One optimiser step over the (task, rows, exit weights) of `step`.
 
     Each loss is divided by the number of examples its task has in the whole step, so that k accumulated batches
     equal one batch k times as large, and a short last batch counts by its examples. Of each batch a process takes its
@@ -411,7 +418,7 @@ def train_step(parts, optimizer, step, exit_weights, multiplier):
     gradients where they are measured, without waiting for the device.
     """
     done, size = [], parts.batch_size * parallel.world_size()
-    for name, rows in step:
+    for name, rows, exits in step:
         data = parts.data[name]["train"]
         for start in range(0, len(rows), size):
             together = rows[start : start + size]
@@ -419,9 +426,9 @@ def train_step(parts, optimizer, step, exit_weights, multiplier):
             batch = data.batch(together, positions).to(parts.device)
             with parts.precision():
                 below = parts.kept.start(parts.model, batch, together[positions])
-                outputs = parts.model(batch, start=below, exits=tuple(exit_weights))
+                outputs = parts.model(batch, start=below, exits=tuple(exits))
             values = {
-                key: weight * term(parts.model, batch, outputs, exit_weights) for key, term in parts.terms.items()
+                key: weight * term(parts.model, batch, outputs, exits) for key, term in parts.terms.items()
             }
             loss = parts.task_weights[name] * sum(values.values()).sum() / len(rows)
             parts.gradients.add(name, parts.scaler.scale(loss))
@@ -514,13 +521,17 @@ def restore(parts, state):
 
 
 def evaluate_dev(parts, depth):
-    """Dev scores and predictions at a depth; thresholds of decisions that are fitted, on training rows, come first."""
+    """Dev scores and predictions at a depth; thresholds of decisions that are fitted, on training rows, come first.
+
+    Differs: a threshold is fitted at one depth and serves the exits before it too, as one label for all of them.
+    """
     how = parts.how() | {"infer": at_exit(depth)}
     for name, splits in parts.data.items():
         task = splits["train"].task
         if task.fit_threshold:
             parts.model.set_threshold(name, 0.5)
-            seen = predict(parts.model, splits["train"], splits["train"].usable[:2000], **how)
+            usable = splits["train"].usable
+            seen = predict(parts.model, splits["train"], usable[:: max(1, len(usable) // THRESHOLD_ROWS)], **how)
             labels = splits["train"].labels[seen.rows]
             parts.model.set_threshold(name, parallel.from_first(fit_threshold(seen.probabilities[:, 1], labels)))
     return evaluate(parts.model, parts.dev(), **how)
@@ -582,8 +593,7 @@ def train_phase(parts, folder, phase, progress, optimizer, signals):
     bar = tqdm(steps[progress.step :], phase.label, len(steps), initial=progress.step, disable=quiet)
     for step in bar:
         share = (k + (progress.step + 0.5) / len(steps)) / n
-        exit_weights = phase.exit_weights[progress.step % len(phase.exit_weights)]
-        pending.append(train_step(parts, optimizer, step, exit_weights, parts.schedule(share)))
+        pending.append(train_step(parts, optimizer, step, parts.schedule(share)))
         for term in parts.terms.values():
             if hasattr(term, "after_step"):
                 term.after_step(parts.model, share)
@@ -766,6 +776,15 @@ def read_data(args, tasks, tokenizer):
     return data, files
 
 
+def cut_training(data, counts, seed):
+    """Train on some rows only: {task: at most this many, drawn by the seed}; prints what is left."""
+    for name, count in counts.items():
+        train = data[name]["train"]
+        chosen = generator(seed, "train_rows", name).permutation(train.usable)[:count]
+        print(f"--train_rows: {len(chosen):,} of {len(train.usable):,} {name} rows")
+        train.usable = np.sort(chosen)
+
+
 @torch.no_grad()
 def cache_features(model, dataset, batch_size, precision):
     """Compute once what the heads of a frozen BERT see: fills dataset.features. Shapes: [n,w]."""
@@ -835,7 +854,7 @@ def build_terms(flags, model):
         return torch.Generator().manual_seed(int(generator(flags["seed"], purpose).integers(2**62)))
 
     terms = {"loss": TaskLoss()}
-    if has_exits(flags):
+    if flags["early_exit"]:
         terms["lte"] = LTELoss()
     mixed = flags["precision"] != "fp32"
     if flags["smart"] is not None and flags["smart_weight"] != 0:
@@ -851,7 +870,7 @@ def build_terms(flags, model):
     if flags["bregman"]:
         terms["bregman"] = Bregman(model, flags["bregman"], flags["bregman_tasks"])
     if flags["lnsr"]:
-        terms["lnsr"] = LNSR(noise("lnsr"), flags["lnsr"])
+        terms["lnsr"] = LNSR(noise("lnsr"), flags["lnsr"], flags["lnsr_noise"])
     return terms
 
 
@@ -1082,6 +1101,7 @@ def start_run(flags, given, defaults):
         before = config["weights"]["sha256"]
         check_same_files(before, now, {name: weights / name for name in before | now})
     print("\n".join(report(data)))
+    cut_training(data, per_task(flags["train_rows"], "--train_rows", list(data), positive_int), flags["seed"])
     bert = BertModel.from_pretrained(weights, attention=flags["attention"])
     model = build_model(flags, tasks, bert).to(device)
     parallel.copy_from_first(model)
@@ -1119,7 +1139,8 @@ def start_run(flags, given, defaults):
                 finish(parts, folder, progress, known)
     except (Interrupted, KeyboardInterrupt):
         if parallel.rank() == 0:
-            print(f"\ninterrupted: the run is saved; continue with --resume --run_dir {folder.path}", file=sys.stderr)
+            told = "is complete" if folder.complete() else f"is saved; continue with --resume --run_dir {folder.path}"
+            print(f"\ninterrupted: the run {told}", file=sys.stderr)
         return 130
 
 

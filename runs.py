@@ -187,6 +187,10 @@ class RunFolder:
         """Length of the log so far, in bytes."""
         return self.log_path.stat().st_size if self.log_path.exists() else 0
 
+    def complete(self):
+        """Whether the run has ended and dropped what resuming needs."""
+        return (self.path / "summary.json").exists() and not (self.path / "last.pt").exists()
+
     @on_first
     def save_last(self, state):
         """Save everything that resuming needs."""
@@ -211,7 +215,7 @@ class RunFolder:
         """
         path = self.path / "last.pt"
         state = None
-        if not path.exists() and (self.path / "summary.json").exists():
+        if self.complete():
             raise InputError(f"{self.path}: this run is complete: --overwrite replaces it, or choose another --run_dir")
         if path.exists():
             try:

@@ -9,7 +9,8 @@ Data splitting (SMARTer BERT 5.3.2). The largest task drowns the others unless a
 Task order. `sequential` is BERTer's baseline (one task after the other); `round_robin` and `random` interleave
 the same batches; `proportional`, `sqrt` and `annealed` draw the task of each step with probability p ~ N^alpha
 (alpha 1, 1/2, and 1 - .8 (e-1)/(E-1) in epoch e of E, Stickland and Murray 2019), so that a task's batches may be
-used more than once or not at all in an epoch while the number of steps stays the same.
+used more than once or not at all in an epoch while the number of steps stays the same. N is the number of batches
+that the split leaves a task: with `equal` these samplers hardly differ, they are meant for `full`.
 """
 
 import math

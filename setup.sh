@@ -77,7 +77,8 @@ pip_install() {
     local file="$1"
     shift
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "$@" -r "$root/$file" >"$log" 2>&1 ||
-        stop 1 "$file could not be installed ($(last_error)); check the network, then run this again"
+        stop 1 "$file could not be installed ($(last_error)); check the network and the system (torch has packages for\
+ Linux with glibc 2.28 and for macOS 14 on Apple silicon), then run this again"
 }
 
 install_packages() {

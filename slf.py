@@ -32,11 +32,11 @@ EVERYTHING = ("",)
 class Phase:
     """A stretch of training with one set of trainable parameters and one choice of exits.
 
-    `fraction` is its length in epochs; `trainable` are prefixes of parameter names (within what the run may train
-    at all); `exit_weights` is a cycle of {exit layer: weight}, one entry per step; `stretch` is (k, n): this phase
-    is the k-th of n that share an optimiser and a learning-rate schedule; `keep` says whether the model after this
-    phase may be kept as the best one. `rows_from`, in epochs, is where in the data its rows begin, by default where
-    those of the phase before end; `frozen_below` is the number of layers whose last state is kept (frozen.py).
+    `fraction` is its length in epochs; `trainable` are prefixes of parameter names (within what the run may train at
+    all); `exit_weights` is a cycle of {exit layer: weight}, one entry per batch of a task; `stretch` is (k, n): this
+    phase is the k-th of n that share an optimiser and a learning-rate schedule; `keep` says whether the model after
+    this phase may be kept as the best one. `rows_from`, in epochs, is where in the data its rows begin, by default
+    where those of the phase before end; `frozen_below` is the number of layers whose last state is kept (frozen.py).
     """
 
     label: str

@@ -186,8 +186,9 @@ class GaussianSmart(SmartTerm):
 
     Units: sigma is absolute, in units of the embeddings, as in the paper.
     Source: SMARTer BERT 4.3, algorithm 1.
-    Differs: the same dropout masks in both passes, no noise on padding; one value per example, whose mean over the
-        batch is the paper's mean over batch and outputs.
+    Differs: the formula displayed there, 1/2 max L(theta + eps) - L(theta), disturbs the weights and is not what the
+    algorithm below it does; this is the algorithm. The same dropout masks in both passes, no noise on padding; one
+    value per example, whose mean over the batch is the paper's mean over batch and outputs.
     """
 
     def __init__(self, tasks, generator, weight=10.0, sigma=0.05, mixed_precision=False):
@@ -204,8 +205,8 @@ class GaussianSmart(SmartTerm):
 class Bregman:
     """Bregman proximal point: mu times the divergence from a teacher, the slow average of the model's own weights.
 
-    theta_t = beta * theta_t + (1 - beta) * theta after every step; at the start theta_t = theta. Updating it in a
-    phase that trains some parameters only is safe: the others stay where they are, in both.
+    theta_t = beta * theta_t + (1 - beta) * theta after every step; at the start theta_t = theta. In a phase that trains
+    some parameters only, the teacher's others move on towards the model's.
     The teacher runs without gradient, in float32, and without dropout; the student's pass is the loop's, with
     dropout. So the term has a floor that no closeness lowers: even for theta_t = theta the two answers differ. As
     measured, mu = 1, all-MiniLM-L6-v2 with pretrained layers and heads fitted to 800 training rows each, dropout .1
@@ -214,8 +215,10 @@ class Bregman:
     `tasks` names those that it is for; None: all. A task that repeats its data gains by it, one that does not may lose
     (LOG.md).
 
-    Source: Jiang et al. (2020), section 3.2, equation 6; layer-level adaptations 3.1.2.
-    Differs: one step of the proximal problem per update, as in the authors' code.
+    Source: Jiang et al. (2020), section 3.2, momentum form; layer-level adaptations 3.1.2.
+    Differs: one step of the proximal problem per update, as in the authors' code. 3.1.2 has no momentum: its theta_t is
+    the previous iterate. With one step per update that is the model itself, whose divergence from itself has no
+    gradient (but for dropout), so the average is what makes the term work.
     """
 
     def __init__(self, model, weight=1.0, tasks=None):
@@ -248,7 +251,11 @@ class Bregman:
 
     @torch.no_grad()
     def after_step(self, model, progress):
-        """Move the teacher towards the model. Units: progress is the share of the training that is done."""
+        """Move the teacher towards the model.
+
+        Units: progress is the share that is done of the phases that share a learning-rate schedule, so a plan with two
+        stages has the early decay in each.
+        """
         decay = EARLY_DECAY if progress < EARLY_SHARE else LATE_DECAY
         parameters = dict(model.named_parameters())
         for name, parameter in self.teacher.items():

@@ -7,8 +7,10 @@ so that the model, the training loop, SMART and the exits never ask which task t
     kind         outputs  loss                            divergence                        prediction
     classes      K        cross entropy                   symmetrised KL of the softmax     argmax
     bernoulli    1        binary cross entropy            symmetrised Bernoulli KL          p > 1/2
-    value        1        squared error against target    squared difference                value in the label's units
-    cosine       1        cosine embedding loss           squared difference                cos > threshold
+    fraction     1        squared error against 0 or 1    squared difference                output > 1/2
+    value        1        squared error against label     squared difference                output, in the label's units
+    cosine       1        cosine embedding loss           squared difference                (cos + 1) / 2 > threshold
+    cosine value 1        (cos - label / 5)^2             squared difference                5 cos
 
 A symmetrised KL needs no case distinction and no clamping when it is written with the logarithms it is made of:
 KL(p|q) + KL(q|p) = sum_k (p_k - q_k)(log p_k - log q_k); for a Bernoulli pair that is (p - q)(logit p - logit q).
@@ -53,6 +55,7 @@ class Task:
     siamese_features: str = "uvd"
     fit_threshold: bool = False
     start: float = 0.0  # what a fresh head answers: its bias
+    head_dropout: bool = True  # whether dropout comes before the head: a cosine would shrink by 1 - p, in training only
 
     @property
     def is_regression(self):
@@ -102,7 +105,10 @@ def squared_error(logits, labels):
 
 
 def cosine_squared_error(high):
-    """Make a loss (cos - label / high)^2, so that the target lies in [0, 1]."""
+    """Make a loss (cos - label / high)^2, so that the target lies in [0, 1].
+
+    Source: Reimers and Gurevych (2019), Sentence-BERT, section 3, regression objective.
+    """
 
     def loss(logits, labels):
         cosine = widen(logits).squeeze(-1)
@@ -112,7 +118,10 @@ def cosine_squared_error(high):
 
 
 def cosine_embedding(margin):
-    """Make the cosine embedding loss: 1 - cos for label 1, max(0, cos - margin) for label 0."""
+    """Make the cosine embedding loss: 1 - cos for label 1, max(0, cos - margin) for label 0.
+
+    Source: BERTer 3.1, which gives neither the margin nor the cosine above which it says "paraphrase".
+    """
 
     def loss(logits, labels):
         cosine = widen(logits).squeeze(-1)
@@ -238,6 +247,7 @@ PARA_LOSSES = {
         divergence=squared_difference,
         decode=decode_cosine,
         make_head=cosine_head,
+        head_dropout=False,
         siamese_features="uv",
         fit_threshold=True,
     ),
@@ -256,6 +266,7 @@ STS_LOSSES = {
         divergence=squared_difference,
         decode=decode_value(0.0, high, high),
         make_head=cosine_head,
+        head_dropout=False,
         siamese_features="uv",
     ),
 }

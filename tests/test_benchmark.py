@@ -192,7 +192,7 @@ def test_our_step_is_the_loops_step(setup, tmp_path):
         else:
             optimizer = parts.make_optimizer(dict(parts.model.named_parameters()))
             parts.model.train()
-            multitask_classifier.train_step(parts, optimizer, [("sst", rows)], {parts.model.depth: 1.0}, 1.0)
+            multitask_classifier.train_step(parts, optimizer, [("sst", rows, {parts.model.depth: 1.0})], 1.0)
         weights.append(torch.cat([p.detach().flatten() for p in parts.model.parameters()]))
     torch.testing.assert_close(*weights, rtol=0, atol=1e-7)
 

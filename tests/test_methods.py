@@ -55,11 +55,8 @@ def start(program):
     return BertTokenizer.from_pretrained(program.weights), BertModel.from_pretrained(program.weights), {}
 
 
-def first_steps(program, start, text, steps=2):
-    """Weights and losses after the first steps of a run with the given flags.
-
-    In the first steps every task has had its turn: random order is replaced by round robin.
-    """
+def make_parts(program, start, text):
+    """The parts of a run with the given flags; every task has its turn soon, since random order is round robin."""
     usual = f"--epochs 1 --batch_size 4 --lr 0.003 --max_length 40 --split full --data_dir {program.data}"
     flags, given, _ = parse_flags([*usual.split(), *text.split()])
     check_flags(flags, given)
@@ -71,19 +68,22 @@ def first_steps(program, start, text, steps=2):
     if key not in cache:
         cache[key] = read_data(flags, tasks, tokenizer)[0]
     data = cache[key]
-    model = build_model(flags, tasks, deepcopy(bert))
-    parts = build(flags, model, data, torch.device("cpu"))
-    phase = next(parts.plan())
+    return build(flags, build_model(flags, tasks, deepcopy(bert)), data, torch.device("cpu"))
+
+
+def first_steps(program, start, text, steps=2):
+    """Weights and losses after the first steps of a run with the given flags."""
+    parts = make_parts(program, start, text)
+    model, phase, terms = parts.model, next(parts.plan()), []
     optimizer = parts.make_optimizer(set_trainable(model, phase, parts.may_train))
     model.train()
-    terms = []
-    for k, step in enumerate(phase_steps(parts, phase, 0.0)[:steps]):
-        results, _ = train_step(parts, optimizer, step, phase.exit_weights[k % len(phase.exit_weights)], 1.0)
+    for step in phase_steps(parts, phase, 0.0)[:steps]:
+        results, _ = train_step(parts, optimizer, step, 1.0)
         terms += [value for _, _, values in results for value in values.values()]
         for term in parts.terms.values():
             if hasattr(term, "after_step"):
                 term.after_step(model, 0.0)
-    for splits in data.values():
+    for splits in parts.data.values():
         for dataset in splits.values():
             dataset.features = None
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}, torch.stack(terms)
@@ -123,6 +123,36 @@ def test_every_extension_does_something_of_its_own(extended):
     assert [pair for pair in combinations(extended, 2) if not differ(*map(extended.get, pair))] == []
 
 
+@pytest.mark.parametrize("order", ["sequential", "round_robin", "random", "proportional"])
+def test_alternating_exits_reach_every_task_in_turn_whatever_the_order_of_tasks(program, start, order):
+    """Taken by the steps of all tasks, an even number of tasks in turn would give each the same exits for ever."""
+    parts = make_parts(program, start, "--tasks para sts --early_exit --exit_loss alternating")
+    parts.sampler = order
+    met = {name: [] for name in parts.data}
+    for step in phase_steps(parts, next(parts.plan()), 0.0):
+        for name, _, weights in step:
+            met[name].append(len(weights))
+    depth = parts.model.depth
+    for name, counts in met.items():
+        assert counts == [(1, depth)[k % 2] for k in range(len(counts))] and len(counts) > 1, name
+
+
+def test_exits_for_training_alone_have_no_learning_to_exit(program, start):
+    """Sequential Layer Focus by itself trains exits to teach the layers, not to leave by."""
+    assert set(make_parts(program, start, "--slf").terms) == {"loss"}
+    assert set(make_parts(program, start, "--slf --early_exit").terms) == {"loss", "lte"}
+
+
+def test_a_cosine_is_trained_on_what_it_answers_with(program, start):
+    """No dropout between the sentence vectors and their cosine: it would shrink it by 1 - p, in training alone."""
+    parts = make_parts(program, start, EXTENSIONS["cosine"] + " --hidden_dropout_prob 0.5 --early_exit")
+    model = parts.model
+    for name, task in model.tasks.items():
+        state = torch.randn(4, model.width(task), generator=torch.Generator().manual_seed(1))
+        answers = [(model.train(mode), model.head(1, state, task))[1] for mode in (True, False)]
+        assert torch.equal(*answers) == (name in ("para", "sts"))
+
+
 # not adversarial SMART, which waits once a step for the flag that its perturbation has not vanished, and not gradient
 # surgery, whose coefficients are computed on the host
 WAITLESS = [
@@ -154,7 +184,7 @@ def test_a_training_step_never_waits_for_the_device(program, start, text, monkey
     parameters = set_trainable(parts.model, phase, parts.may_train)
     optimizer = parts.make_optimizer(parameters)
     for step in phase_steps(parts, phase, 0.0)[:3]:
-        results, _ = train_step(parts, optimizer, step, phase.exit_weights[0], 1.0)
+        results, _ = train_step(parts, optimizer, step, 1.0)
         for term in parts.terms.values():
             if hasattr(term, "after_step"):
                 term.after_step(parts.model, 0.0)

@@ -361,6 +361,7 @@ CHANGES = [
     ("--clip", 0.01),
     ("--optimizer", "sgd"),
     ("--optimizer", "rmsprop"),
+    ("--train_rows", "sst=8"),
     ("--split", "full"),
     ("--split", "proportional"),
     ("--sampler", "sequential"),
@@ -401,6 +402,14 @@ def test_every_flag_changes_the_weights(program, one_epoch, flags):
     name = "bert.bert_layers.0.self_attention.query.weight"
     assert torch.isfinite(changed[name]).all() and not torch.equal(changed[name], base[name])
     shutil.rmtree(run)
+
+
+def test_training_on_some_rows_takes_the_same_ones_in_every_epoch(program, capsys):
+    """Twelve rows of SST in batches of four are three steps an epoch; dev and the other tasks stay whole."""
+    rows = ("--train_rows", "sst=12", "para=8", "sts=8", "--split", "full", "--batch_size", 4)
+    run = program.train_quickly("train-rows", *rows, finish=True)
+    assert "12 of" in capsys.readouterr().out
+    assert json.loads((run / "summary.json").read_text())["steps"] == EPOCHS * (3 + 2 + 2)
 
 
 def test_the_annealed_sampler_moves_from_proportional_to_even(program):
@@ -506,6 +515,20 @@ def test_a_signal_saves_and_says_how_to_continue(program, whole, monkeypatch, ca
     # a resumed run need not be told the flags again
     assert not main(["--resume", "--run_dir", str(program.path(name)), "--keep_last"])
     assert_same_end(program.path(name), whole)
+
+
+def test_a_signal_after_the_last_file_says_that_the_run_is_complete(program, whole, monkeypatch, capsys):
+    def interrupt_when_gone():
+        (program.path("complete") / "last.pt").unlink()
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        call_at(patch, runs.RunFolder, "remove_last", 1, interrupt_when_gone)
+        assert main(program.command("complete")) == 130
+    told = capsys.readouterr().err
+    assert "complete" in told and "--resume" not in told
+    files = {path.name for path in program.path("complete").iterdir()}
+    assert files == {path.name for path in whole.iterdir()} - {"last.pt"}
 
 
 def test_a_real_process_is_interrupted_and_continued(program, tmp_path):
@@ -811,6 +834,10 @@ BAD_FLAGS = [
     (("--momentum", "1", "--optimizer", "sgd"), "--momentum"),
     (("--nesterov", "--optimizer", "sgd"), "--momentum"),
     (("--cosine_margin", "0.2"), "--para_loss cosine"),
+    (("--cosine_margin", "-2"), "--cosine_margin"),
+    (("--lnsr_noise", "0.1"), "--lnsr"),
+    (("--train_rows", "sst=0"), "sst=0"),
+    (("--train_rows", "cfimdb=5"), "cfimdb"),
     (("--siamese_features", "uv"), "--pairs siamese"),
     (("--save_every", "0"), "--save_every"),
     (("--log_every", "0"), "--log_every"),
