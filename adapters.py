@@ -8,9 +8,9 @@ with m much smaller than the hidden size d. Each form is the identity before tra
         after    ... on the layer's output, after its last LayerNorm
         houlsby  ... on the outputs of both sub-layers, before the residual; all LayerNorms train along
     lhuc         h * 2 sigmoid(r)                           r [d] starts at 0; scales every unit of the layer's output
-    pal          LN(m + FFN(m) + V_D g(V_E h))              V_E [m,d], V_D [d,m]; g's value starts at 0
+    pal          LN(x + FFN(x) + V_D g(V_E h))              V_E [m,d], V_D [d,m]; g's value starts at 0
 
-Here m = LN(h + MH(h)) is what the first sub-layer gives, so that without the last term it is the ordinary layer (the
+Here x = LN(h + MH(h)) is what the first sub-layer gives, so that without the last term it is the ordinary layer (the
 paper's h + SA(h) + TS(h) leaves it open where SA's own residual is). g is multi-head attention of width m between all
 tokens, so that a PAL runs beside the layer where the others sit within it. A task's V_E and V_D serve all layers; g's
 query, key and value are the layer's own. LHUC may be added to any other form and then comes last.

@@ -1,10 +1,12 @@
 """BERT's encoder, written out: attention, layer, embeddings and pooler; read base_bert.py before it.
 
-The alphabet of every file: b batch, s tokens, d hidden, h heads, k head size, L layers.
+The alphabet of every file: b batch, s tokens, d hidden, h heads, k head size, L layers; n rows of a dataset, w the
+vector that a task's head sees (d, or 2 d to 3 d for siamese pairs), o what a head gives.
 A lone variable h is a hidden state [b,s,d].
 """
 
 import math
+from functools import partial
 
 import torch
 from torch import nn
@@ -43,6 +45,14 @@ class Dropout(nn.Module):
         bits = draws.view(torch.int16)[: x.numel()].view(x.shape)
         kept = bits >= dropped - LEVELS // 2
         return x * kept.to(x.dtype).mul_(LEVELS / (LEVELS - dropped))
+
+
+def dropout_state(device):
+    """The two functions that get and set the state of the generator that dropout on a device draws from."""
+    if device.type == "cuda":
+        return partial(torch.cuda.get_rng_state, device), partial(torch.cuda.set_rng_state, device=device)
+    source = torch.mps if device.type == "mps" else torch
+    return source.get_rng_state, source.set_rng_state
 
 
 def attend_plain(query, key, value, extended_mask, dropout):

@@ -117,14 +117,18 @@ class Dataset:
 
     def is_cut(self, lengths):
         """Whether texts of these lengths do not fit as a whole."""
-        if self.task.encoding == "siamese":
-            return max(lengths) > self.room(1)
-        specials = 4 if self.task.encoding == "embed_concat" else 1 + len(lengths)
-        return sum(lengths) > self.max_length - specials
+        together = max if self.task.encoding == "siamese" else sum
+        return together(lengths) > self.room
 
-    def room(self, texts):
-        """Tokens left for texts beside [CLS] and one [SEP] per text."""
-        return self.max_length - 1 - texts
+    @property
+    def specials(self):
+        """[CLS] and [SEP] among the tokens that attention sees at once."""
+        return {"siamese": 2, "embed_concat": 4}.get(self.task.encoding, 1 + len(self.tokens))
+
+    @property
+    def room(self):
+        """Tokens left for texts beside them."""
+        return self.max_length - self.specials
 
     def freeze(self):
         """Finish reading: growing arrays become numpy arrays."""
@@ -148,24 +152,21 @@ class Dataset:
 
     def lengths(self):
         """Length of every example as it enters BERT (the longer pass of a siamese pair). Shapes: [n]."""
-        columns = [np.minimum(tokens.lengths(), self.room(1)) for tokens in self.tokens]
-        if self.task.encoding == "siamese":
-            return np.max(columns, axis=0) + 2
-        specials = 2 * len(columns) if self.task.encoding == "embed_concat" else 1 + len(columns)
-        return np.minimum(np.sum(columns, axis=0) + specials, self.max_length)
+        together = np.max if self.task.encoding == "siamese" else np.sum
+        return np.minimum(together([tokens.lengths() for tokens in self.tokens], axis=0), self.room) + self.specials
 
     def sequences(self, row):
         """Token ids and segment ids of one row: a list with one (ids, types) per segment."""
         cls, sep = [self.tokenizer.cls_id], [self.tokenizer.sep_id]
         parts = [tokens[row].tolist() for tokens in self.tokens]
         if self.task.encoding == "concat":
-            a, b = truncate_pair(*parts, self.room(2))
+            a, b = truncate_pair(*parts, self.room)
             return [(cls + a + sep + b + sep, [0] * (len(a) + 2) + [1] * (len(b) + 1))]
         if self.task.encoding == "embed_concat":
             # attention sees both halves at once: together they may not be longer than one packed pair
-            parts = truncate_pair(*parts, self.max_length - 4)
+            parts = truncate_pair(*parts, self.room)
         else:
-            parts = [part[: self.room(1)] for part in parts]
+            parts = [part[: self.room] for part in parts]
         second = 1 if self.task.encoding == "embed_concat" else 0
         return [(cls + part + sep, [i * second] * (len(part) + 2)) for i, part in enumerate(parts)]
 
@@ -173,11 +174,12 @@ class Dataset:
         """Length of the longest of the given rows in every segment."""
         columns = [tokens.offsets[rows + 1] - tokens.offsets[rows] for tokens in self.tokens]
         if self.task.encoding == "concat":
-            return [min(sum(columns).max(), self.room(2)) + 3]
+            return [min(sum(columns).max(), self.room) + self.specials]
         if self.task.encoding == "embed_concat":
-            pairs = [truncate_pair(range(a), range(b), self.max_length - 4) for a, b in zip(*columns, strict=True)]
+            # ranges stand in for the tokens: only their lengths are wanted
+            pairs = [truncate_pair(range(a), range(b), self.room) for a, b in zip(*columns, strict=True)]
             columns = [np.array([len(part) for part in column]) for column in zip(*pairs, strict=True)]
-        return [min(column.max(), self.room(1)) + 2 for column in columns]
+        return [min(column.max(), self.room) + 2 for column in columns]
 
     def batch(self, rows, positions=slice(None)):
         """Cut a Batch from the given rows, in their order, or from some positions of them, padded like all of them."""

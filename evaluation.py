@@ -1,4 +1,4 @@
-"""One evaluation loop over the tasks, the metrics, and the prediction files. Read first: tasks.py, datasets.py.
+"""One evaluation loop over the tasks, the metrics, and the prediction files. Read first: datasets.py, early_exit.py.
 
 The dev score of a run, two ways (never compare across them):
     norm = mean over the tasks of (accuracy, accuracy, (r + 1) / 2)     the course since 2024; BERTer's best row

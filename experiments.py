@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Run the experiments of README and make their tables from the runs' own logs. Read first: README.md.
 
-    python experiments.py core --data_dir ../shared/data        # runs what is not there yet, then writes results/core.*
-    python experiments.py methods --list                        # only shows the commands
+    python experiments.py core              # runs what is not there yet, then writes results/core.*
+    python experiments.py methods --list    # only shows the commands
 
 A row is a name and the flags that it adds to its group's; one that starts with a script's name is that command
 instead. A finished run is not run again; an interrupted one is resumed. Every number in results/ is read from
@@ -318,11 +318,13 @@ def table(group, rows):
         cells = ["" if x is None else f"{x:.3f}" for x in numbers]
         cells += [f"{row['train_seconds']:.0f}", f"{row['eval_seconds']:.0f}", f"{row['peak_mib'] or ''}"]
         lines.append(f"| {row['name']} | {' | '.join(cells)} | `{GROUPS[group][1][row['name']] or ' '}` |")
+    peers = f", but for {PEER}.py's" if any(row["command"].startswith(PEER) for row in rows) else ""
     first, commits = rows[0], sorted({row["commit"] for row in rows})
     notes = [
-        f"Scores of the last phase; `best norm` is chosen on the same dev data. All rows: `{COMMON} "
-        f"{GROUPS[group][0]}`. Device {first['device']}, {first['threads']} threads, torch {first['torch']}; "
-        f"commits {', '.join(commits)}. Seconds are those of a shared machine: no benchmark. MiB: the process's peak."
+        f"Scores of the last phase; `best norm` is chosen on the same dev data. All rows start from `{COMMON} "
+        f"{GROUPS[group][0]}`, which flags added override{peers}. Device {first['device']}, {first['threads']} "
+        f"threads, torch {first['torch']}; commits {', '.join(commits)}. Seconds are those of a shared machine: no "
+        "benchmark. MiB: the process's peak."
     ]
     for row in rows:
         if found := row.get("sweep"):
@@ -391,7 +393,9 @@ def main(argv=None):
         if row:
             rows.append(row)
         else:
-            print(f"no result: {name}")
+            trained = folder and (folder / "summary.json").exists()
+            why = f" ({folder} was trained with other flags: remove it to run the row again)" if trained else ""
+            print(f"no result: {name}{why}")
     compare_seeds(rows, args.runs / args.group)
     if rows and not args.only:
         write_whole(HERE / "results" / f"{args.group}.json", json.dumps(rows, indent=1))

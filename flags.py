@@ -1,6 +1,6 @@
 """The flags of multitask_classifier.py: their names, types, groups, and which of them exclude each other.
 
-Read first: README.md (what the methods are). Only `build` in multitask_classifier.py acts on what is read here.
+Read first: README.md (what the methods are). What they do is decided in multitask_classifier.py, after its loop.
 """
 
 import argparse
@@ -16,6 +16,7 @@ OPTIMIZERS = ("adamw", "rmsprop", "sgd")
 PRECISIONS = ("fp32", "bf16", "fp16")
 EXIT_LOSSES = ("joint", "weighted", "two_stage", "alternating")
 GRADIENTS = ("sum", "pcgrad", "gradvac")
+
 
 def positive_int(text):
     """An argparse type: a whole number above 0."""
@@ -46,14 +47,6 @@ def positive(text):
     value = at_least_zero(text)
     if value == 0:
         raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return value
-
-
-def cosine(text):
-    """An argparse type: a number from -1 to below 1."""
-    value = float(text)
-    if not -1 <= value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not from -1 to below 1")
     return value
 
 
@@ -103,12 +96,19 @@ def encoding(text):
     return text
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds its default to the help of every flag that has one."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
 def make_parser():
     """All flags, in groups. Every extension is off by default."""
     parser = Parser(
         description="Fine-tune one hand-written BERT on sentiment (SST), paraphrase (Quora) and similarity (STS).",
         epilog="A run directory holds everything a run leaves behind; predict.py answers from it.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=Help,
     )
     course = parser.add_argument_group("what to do")
     course.add_argument(
@@ -123,7 +123,8 @@ def make_parser():
     course.add_argument("--epoch_size", type=positive, default=1.0,
                         help="share of an epoch between two evaluations: what --epochs counts")
     course.add_argument("--batch_size", type=positive_int, default=16, help="examples per batch of a process")
-    course.add_argument("--lr", type=positive, help="peak learning rate; default by optimiser and --option")
+    course.add_argument("--lr", type=positive,
+                        help="peak learning rate; default by optimiser, by what is trained and by the size of BERT")
     course.add_argument("--hidden_dropout_prob", type=share, default=0.3, help="dropout before the heads")
     course.add_argument("--seed", type=seed, default=11711, help="seed of everything random")
 
@@ -153,7 +154,7 @@ def make_parser():
     model.add_argument("--precision", choices=PRECISIONS, default="fp32", help="autocast precision")
     model.add_argument("--para_loss", choices=tuple(PARA_LOSSES), default="bce", help="loss of the paraphrase task")
     model.add_argument("--sts_loss", choices=tuple(STS_LOSSES), default="mse", help="loss of the similarity task")
-    model.add_argument("--cosine_margin", type=cosine, default=0.0, help="margin of the cosine embedding loss")
+    model.add_argument("--cosine_margin", type=float, default=0.0, help="margin of the cosine embedding loss")
 
     plan = parser.add_argument_group("optimisation")
     plan.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw", help="update rule")
@@ -191,11 +192,12 @@ def make_parser():
     smooth.add_argument("--smart", nargs="*", metavar="TASK", help="SMART for the named tasks; none named: all")
     smooth.add_argument("--smart_form", choices=("adversarial", "gaussian"), default="adversarial",
                         help="worst perturbation within a radius, or Gaussian noise")
-    smooth.add_argument("--smart_weight", type=at_least_zero, help="lambda; default by form")
-    smooth.add_argument("--smart_radius", type=positive, help="radius of the perturbation over the embeddings' RMS")
-    smooth.add_argument("--smart_step", type=positive, help="ascent step over the embeddings' RMS")
+    smooth.add_argument("--smart_weight", type=at_least_zero, help="lambda; default 1, gaussian 10")
+    smooth.add_argument("--smart_radius", type=positive,
+                        help="radius of the perturbation over the embeddings' RMS; default .03")
+    smooth.add_argument("--smart_step", type=positive, help="ascent step over the embeddings' RMS; default 3")
     smooth.add_argument("--smart_noise", type=positive,
-                        help="start noise over the embeddings' RMS; gaussian: its standard deviation")
+                        help="start noise over the embeddings' RMS, default .03; gaussian: its standard deviation, .05")
     smooth.add_argument("--bregman", type=at_least_zero, metavar="W", default=0.0,
                         help="weight of the Bregman proximal term")
     smooth.add_argument("--bregman_tasks", nargs="+", metavar="TASK", help="the tasks that it is for; default all")
@@ -230,8 +232,6 @@ def parse_flags(argv=None):
     for action in bare._actions:
         action.default = argparse.SUPPRESS
     return flags, set(vars(bare.parse_args(argv))), defaults
-
-
 
 
 EXIT_FLAGS = ("exit_policy", "exit_threshold", "lte_threshold", "exit_quality")

@@ -53,7 +53,7 @@ class Sum:
 
 
 def dot_products(gradients, count):
-    """Dot products of the tasks' gradients over all parameters, in float64.
+    """Dot products of the tasks' gradients over all parameters: in each one's precision, then summed in float64.
 
     `gradients` holds one tuple per parameter: a tensor or None for each of the `count` tasks.
     Shapes: [count,count].

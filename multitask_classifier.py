@@ -2,8 +2,8 @@
 """Fine-tune one BERT on sentiment, paraphrase and similarity at once: the model, the flags and the one training loop.
 
 Read first: bert.py, tasks.py, datasets.py. Then read here in this order: `MultitaskBERT` (a BERT with one head per
-task), `train` (the loop: it knows no task and no extension), `build` (the only place that reads flags and decides
-which parts fill the loop's slots).
+task), `train` (the loop: it knows no task and no extension), `build` (which parts fill the loop's slots). Neither the
+model nor the loop ever sees a flag; the functions that come after them turn flags into what they are given.
 
     python multitask_classifier.py --option finetune --use_gpu
 
@@ -40,7 +40,7 @@ import parallel
 import slf
 from adapters import build_adapters, parameter_report, trained_with
 from base_bert import BertConfig, find_weights
-from bert import BertModel, Dropout
+from bert import BertModel, Dropout, dropout_state
 from closing import ExitSettings, close, close_sweep
 from datasets import SPLITS, Batch, bucketed_batches, find_data_dir, read_dataset, report
 from early_exit import LTE, Exit, ExitInference, LTELoss, choose_policies, exit_weights
@@ -139,6 +139,7 @@ class MultitaskBERT(nn.Module):
     def width(self, task):
         """Size of the vector that a task's heads see."""
         d = self.bert.config.hidden_size
+        # a letter of uvd is a vector: u, v and |u - v|
         return d * len(task.siamese_features) if task.encoding == "siamese" else d
 
     def make_heads(self, init):
@@ -213,7 +214,7 @@ class MultitaskBERT(nn.Module):
             return Outputs((), states, {self.depth: self.head(self.depth, batch.features, task)}, None)
         embeds = embeds or (() if start else self.embed(batch))
         first, hidden = start or (0, embeds)
-        rng, masks, states, logits = dropout_state(hidden[0].device), self.masks(batch), {}, {}
+        rng, masks, states, logits = dropout_state(hidden[0].device)[0](), self.masks(batch), {}, {}
         for i, deeper in self.encode(hidden, masks, task, first, max(exits)):
             if i in exits:
                 states[i] = self.state(i, deeper, masks, task)
@@ -243,11 +244,6 @@ class MultitaskBERT(nn.Module):
     def predict_similarity(self, input_ids_1, attention_mask_1, input_ids_2, attention_mask_2):
         """One value for STS. Shapes: four [b,s] -> [b]. Source: the course's interface."""
         return self.answer("sts", (input_ids_1, attention_mask_1), (input_ids_2, attention_mask_2)).squeeze(-1)
-
-
-def dropout_state(device):
-    """State of the generator that dropout draws from."""
-    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
 
 def mean_pool(h, mask):
@@ -286,7 +282,7 @@ class TaskLoss:
 
 @dataclass
 class Parts:
-    """Everything the loop needs; made by `build`, which alone reads flags."""
+    """Everything the loop needs; made from the flags by `build`."""
 
     model: MultitaskBERT
     data: dict  # {task: {split: Dataset}}
@@ -415,7 +411,7 @@ def train_step(parts, optimizer, step, multiplier):
     equal one batch k times as large, and a short last batch counts by its examples. Of each batch a process takes its
     share; the gradients are summed when they are combined.
     Returns a list of (task, rows, {term: sum over this process's examples}), and the cosines between the tasks'
-    gradients where they are measured, without waiting for the device.
+    gradients where they are measured, without waiting for the device (only gradient surgery waits for it once).
     """
     done, size = [], parts.batch_size * parallel.world_size()
     for name, rows, exits in step:
@@ -493,7 +489,7 @@ def snapshot(parts, optimizer, progress):
 
     The processes are alike, except for the generators that dropout draws from: all of those are here.
     """
-    on_cuda = parts.device.type == "cuda"
+    get_state, _ = dropout_state(parts.device)
     return {
         "model": parts.model.state_dict(),
         "optimizer": optimizer.state_dict(),
@@ -502,7 +498,7 @@ def snapshot(parts, optimizer, progress):
         "gradients": parts.gradients.state_dict() if hasattr(parts.gradients, "state_dict") else {},
         "scaler": parts.scaler.state_dict(),
         "rng": torch.stack(parallel.gather(torch.get_rng_state())),
-        "cuda_rng": parallel.gather(torch.cuda.get_rng_state(parts.device) if on_cuda else None),
+        "dropout_rng": parallel.gather(get_state()),
     }
 
 
@@ -516,8 +512,8 @@ def restore(parts, state):
     parts.scaler.load_state_dict(state["scaler"])
     # a tensor of its own: torch crashes on a row of another one
     torch.set_rng_state(state["rng"][parallel.rank()].clone())
-    if (cuda_rng := state["cuda_rng"][parallel.rank()]) is not None:
-        torch.cuda.set_rng_state(cuda_rng, parts.device)
+    _, set_state = dropout_state(parts.device)
+    set_state(state["dropout_rng"][parallel.rank()])
 
 
 def evaluate_dev(parts, depth):
@@ -592,6 +588,7 @@ def train_phase(parts, folder, phase, progress, optimizer, signals):
     parts.model.train()
     bar = tqdm(steps[progress.step :], phase.label, len(steps), initial=progress.step, disable=quiet)
     for step in bar:
+        # the middle of the step, so that neither the first nor the last one has a learning rate of 0
         share = (k + (progress.step + 0.5) / len(steps)) / n
         pending.append(train_step(parts, optimizer, step, parts.schedule(share)))
         for term in parts.terms.values():
@@ -906,7 +903,7 @@ def build_exit_settings(flags, tasks):
 
 
 def build(flags, model, data, device):
-    """Fill the loop's slots: with its helpers above, the only place that decides by flags."""
+    """Fill the loop's slots as the flags say."""
     keep_freed_memory()
     if flags["compile"]:
         compile_layers(model.bert, device, COMPILER)
@@ -1038,8 +1035,8 @@ def evaluate_run(flags, given):
     if levels:
         changed["exit_threshold"] = ["auto"]
     run = load_run(flags["run_dir"], device, changed)
-    if given & set(EXIT_FLAGS) and not run.flags["early_exit"]:
-        raise InputError(f"{flags['run_dir']}: was trained without --early_exit: it has no exits to leave by")
+    if given & {"early_exit", *EXIT_FLAGS} and not run.flags["early_exit"]:
+        raise InputError(f"{flags['run_dir']}: was trained without --early_exit: it cannot leave early")
     data, files = read_data(run.flags, run.model.tasks, run.tokenizer)
     before = RunFolder(flags["run_dir"]).config()["data"]
     for name, path in files.items():
@@ -1072,9 +1069,14 @@ def check_fits(flags, tasks, config, weights):
         )
 
 
+def run_folder(flags, defaults):
+    """The run directory that the flags name."""
+    return RunFolder(flags["run_dir"] or name_run(flags, defaults))
+
+
 def start_run(flags, given, defaults):
     """Read everything a training run needs, make its directory, and train."""
-    folder = RunFolder(flags["run_dir"] or name_run(flags, defaults))
+    folder = run_folder(flags, defaults)
     if flags["resume"]:
         config = folder.config()
         check_same_run(config, flags, given)
@@ -1148,7 +1150,10 @@ def main(argv=None):
     """Train or evaluate as the flags say. Returns the exit status."""
     flags, given, defaults = parse_flags(argv)
     check_flags(flags, given)
-    with parallel.processes(flags["use_gpu"]):
+    use_gpu = flags["use_gpu"]
+    if flags["resume"]:
+        use_gpu = recorded_flags(run_folder(flags, defaults).config())["use_gpu"]
+    with parallel.processes(use_gpu):
         if flags["option"] == "evaluate":
             return evaluate_run(flags, given)
         return start_run(flags, given, defaults)

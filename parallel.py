@@ -209,8 +209,9 @@ def sum_gradients(parameters, gradients):
             if sum(x.numel() for x in pieces[-1]) >= PIECE:
                 pieces.append([])
             pieces[-1].append(total)
+    # before the exchange: out of memory here is no lost process
+    packed = [torch.cat([x.flatten() for x in piece]) for piece in pieces if piece]
     with exchange():
-        packed = [torch.cat([x.flatten() for x in piece]) for piece in pieces if piece]
         under_way = [dist.all_reduce(flat, async_op=True) for flat in packed]
         for piece, flat, transfer in zip(pieces, packed, under_way, strict=False):
             transfer.wait()

@@ -8,7 +8,7 @@ Read first: tasks.py. Written out so that a reader can judge whether the compari
     best    AutoModel with sdpa attention, every text tokenised once beforehand, transformers' length-grouped
             batches, torch.optim.AdamW(fused=True), evaluation sorted by length
 
-    python peer.py --data_dir ../shared/data --run_dir runs/experiments/core/transformers --epochs 4
+    python peer.py --run_dir runs/experiments/core/transformers --epochs 4
 
 trains on the equal split with the best settings and leaves what a run of ours leaves: config.json, log.jsonl,
 predictions/ (of the best epoch on dev) and summary.json. Needs ./setup.sh --dev.

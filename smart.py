@@ -7,12 +7,13 @@ With x the embeddings of an example (what enters layer 1), f(x; theta) its logit
     AdversarialSmart   lambda * max over |delta|_inf <= radius of l_s(f(x + delta), f(x))      the worst small move
     GaussianSmart      lambda * mean over the outputs of (f(x + noise) - f(x))^2               a random small move
     Bregman            mu * l_s(f(x; theta), f(x; theta_t)), theta_t a slow average of theta   a move of the weights
-    LNSR               lambda * mean over the layers r of |h_r(x + noise) - h_r(x)|^2          a move inside the model
+    LNSR               lambda * mean over layers r and units of (h_r(x + noise) - h_r(x))^2    a move inside the model
 
 The maximum is approximated: a small random start delta_0 (at delta = 0 the divergence has no slope), one step up
 the gradient, clipped into the box: delta = clip(delta_0 + step * g / |g|_inf, -radius, radius).
 
-With early exit f has one output per exit, and a term is the sum over the step's exits with their weights.
+With early exit f has one output per exit, and a term is the sum over the step's exits with their weights (LNSR: over
+the layers up to the deepest of them).
 Two passes are compared under the same dropout masks, otherwise the price has a floor that no smoothness lowers
 (Bregman's teacher has no dropout at all: see there). Noise is 0 on padding and comes from a generator of its own.
 
@@ -23,6 +24,7 @@ from contextlib import contextmanager
 
 import torch
 
+from bert import dropout_state
 from errors import InputError
 from parallel import every_process
 from tasks import widen
@@ -37,13 +39,13 @@ EARLY_DECAY, LATE_DECAY, EARLY_SHARE = 0.99, 0.999, 0.1
 @contextmanager
 def replay_dropout(rng, device):
     """Draw dropout masks from a saved generator state; afterwards go on as if nothing had been drawn."""
-    source, place = (torch.cuda, (device,)) if device.type == "cuda" else (torch, ())
-    before = source.get_rng_state(*place)
-    source.set_rng_state(rng, *place)
+    get_state, set_state = dropout_state(device)
+    before = get_state()
+    set_state(rng)
     try:
         yield
     finally:
-        source.set_rng_state(before, *place)
+        set_state(before)
 
 
 def forward_again(model, batch, embeds, rng, exits):

@@ -10,7 +10,7 @@ import torch
 from make_bert_golden import SIZES as GOLDEN_SIZES
 
 from base_bert import WEIGHTS_FOLDER, BertConfig, hub_name
-from bert import LEVELS, BertModel, Dropout, attend_plain
+from bert import LEVELS, BertModel, Dropout, attend_plain, dropout_state
 from errors import InputError
 from tokenizer import BertTokenizer
 
@@ -397,6 +397,23 @@ def test_dropout_replays_from_the_generator_state():
     torch.set_rng_state(state)
     assert torch.equal(first, dropout(x)) and torch.equal(second, dropout(x))
     assert not torch.equal(first, second)
+
+
+def test_each_kind_of_device_has_its_own_generator_for_dropout(monkeypatch):
+    """On a GPU dropout draws there: the CPU's state saved and put back would replay other masks."""
+    called = []
+    for kind in ("cuda", "mps"):
+        source = getattr(torch, kind)
+        monkeypatch.setattr(source, "get_rng_state", lambda *place, kind=kind: called.append((kind, "get", *place)))
+        monkeypatch.setattr(
+            source, "set_rng_state", lambda state, kind=kind, **place: called.append((kind, "set", *place.values()))
+        )
+    for name in ("cuda:1", "mps"):
+        get_state, set_state = dropout_state(torch.device(name))
+        set_state(get_state())
+    first = torch.device("cuda:1")
+    assert called == [("cuda", "get", first), ("cuda", "set", first), ("mps", "get"), ("mps", "set")]
+    assert dropout_state(torch.device("cpu")) == (torch.get_rng_state, torch.set_rng_state)
 
 
 def test_dropout_is_the_identity_in_evaluation_and_at_zero():

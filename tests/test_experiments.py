@@ -73,6 +73,14 @@ def test_a_run_with_other_flags_gives_no_row(tmp_path):
     assert experiments.read_row("methods", "PCGrad", tmp_path / "nothing") is None
 
 
+def test_a_row_whose_flags_have_changed_since_its_run_says_so(tmp_path, capsys):
+    write_run(tmp_path / "methods" / "pcgrad", [*experiments.command_of("methods", "PCGrad")[1:], "--lr", "0.5"])
+    experiments.main(["methods", "--only", "PCGrad", "GradVac", "--collect", "--runs", str(tmp_path)])
+    first, second = capsys.readouterr().out.splitlines()
+    assert "PCGrad" in first and "other flags" in first and str(tmp_path / "methods" / "pcgrad") in first
+    assert second == "no result: GradVac"
+
+
 def test_the_readme_table_is_replaced_between_its_markers(tmp_path, monkeypatch):
     monkeypatch.setattr(experiments, "HERE", tmp_path)
     (tmp_path / "README.md").write_text("a\n<!-- core -->\nold\n<!-- end core -->\nz\n")

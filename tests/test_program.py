@@ -561,6 +561,23 @@ def interrupt(program, monkeypatch, name, *flags):
     return program.path(name)
 
 
+def test_a_run_on_a_gpu_is_continued_there_without_being_told(fresh, monkeypatch):
+    """Each of several processes takes its GPU before the run directory is read, so the flag is looked up at once."""
+    interrupt(fresh, monkeypatch, "run", "--use_gpu")
+    asked, processes = [], multitask_classifier.parallel.processes
+    monkeypatch.setattr(
+        multitask_classifier.parallel, "processes", lambda use_gpu: asked.append(use_gpu) or processes(use_gpu)
+    )
+    assert not main(["--resume", "--run_dir", str(fresh.path("run"))])
+    assert asked == [True]
+
+
+def test_a_run_without_early_exit_cannot_be_asked_to_leave_early(program, whole):
+    for flags in (["--early_exit"], ["--exit_threshold", "0.9"]):
+        with pytest.raises(InputError, match="trained without --early_exit"):
+            main(["--option", "evaluate", "--run_dir", str(whole), *flags])
+
+
 def test_a_run_is_not_continued_as_another_one(fresh, monkeypatch):
     run = interrupt(fresh, monkeypatch, "run")
     before = content(run)
