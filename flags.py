@@ -100,7 +100,8 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
     """Adds its default to the help of every flag that has one."""
 
     def _get_help_string(self, action):
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        has_one = action.default is not None and action.default is not False
+        return super()._get_help_string(action) if has_one else action.help
 
 
 def make_parser():

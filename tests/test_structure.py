@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "tasks": ("errors",),
     "datasets": ("errors", "tokenizer", "tasks"),
     "samplers": (),
-    "smart": ("errors", "parallel", "tasks"),
+    "smart": ("bert", "errors", "parallel", "tasks"),
     "early_exit": ("errors", "tasks"),
     "slf": (),
     "frozen": ("errors",),
