@@ -121,8 +121,8 @@ GROUPS = {
             "no weight decay": "--weight_decay 0",
         },
     ),
-    # SMARTer BERT's claim about data splits: SST and STS cut to the paper's share of Quora, one to 16.6, and as many
-    # examples for every split
+    # SMARTer BERT's claim about data splits: SST and STS cut to the paper's share of Quora, one to 16.6, and about
+    # as many examples for every split
     "splits": (
         "--epochs 4 --batch_size 16 --pooling mean --train_rows sst=854 sts=604",
         {

@@ -497,8 +497,7 @@ def snapshot(parts, optimizer, progress):
         "terms": {key: term.state_dict() for key, term in parts.terms.items() if hasattr(term, "state_dict")},
         "gradients": parts.gradients.state_dict() if hasattr(parts.gradients, "state_dict") else {},
         "scaler": parts.scaler.state_dict(),
-        "rng": torch.stack(parallel.gather(torch.get_rng_state())),
-        "dropout_rng": parallel.gather(get_state()),
+        "rng": torch.stack(parallel.gather(get_state())),
     }
 
 
@@ -510,10 +509,9 @@ def restore(parts, state):
     if state["gradients"]:
         parts.gradients.load_state_dict(state["gradients"])
     parts.scaler.load_state_dict(state["scaler"])
-    # a tensor of its own: torch crashes on a row of another one
-    torch.set_rng_state(state["rng"][parallel.rank()].clone())
     _, set_state = dropout_state(parts.device)
-    set_state(state["dropout_rng"][parallel.rank()])
+    # a tensor of its own: torch crashes on a row of another one
+    set_state(state["rng"][parallel.rank()].clone())
 
 
 def evaluate_dev(parts, depth):
