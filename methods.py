@@ -1,0 +1,122 @@
+"""What a method is to this program: one record with its flags, what it needs, and how it is built.
+
+A method's file (slf.py, smart.py, adapters.py, ...) ends with its record, and flags.py lists the records. Nothing
+else names a method: the command line, the checks and the construction of a run loop over that list. METHODS.md adds
+a method step by step.
+
+    loss term   term(model, batch, outputs, exit_weights) -> [b]      added to the task's loss, per example
+    plan        a generator of phases (slf.py)                        what is trained, when, on which exits
+    adapter     small modules inside the layers (adapters.py)         one more kind in adapters.KINDS
+    rates       {parameter name: factor}                              a learning rate of its own
+"""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+class LossTerm:
+    """Base class of the loss terms: a subclass adds `__call__(model, batch, outputs, exit_weights) -> [b]`.
+
+    Outputs are those of the loop's forward pass, which may have run in 16 bits; a term itself runs outside autocast.
+    """
+
+    def after_step(self, model, progress):
+        """Update the term's own state after an optimiser step.
+
+        Units: progress is the finished share of the phases that share a learning-rate schedule, from 0 to 1.
+        """
+
+    def state_dict(self):
+        """Tensors and numbers that a resumed run needs."""
+        return {}
+
+    def load_state_dict(self, state):
+        """Continue from the state of a saved run."""
+
+
+def nothing(*arguments):
+    """Build nothing: the default of a slot that a method leaves empty."""
+    return {}
+
+
+def same_plan(flags, depth, plan):
+    """Leave the training plan as it is."""
+    return plan
+
+
+def no_module(*arguments):
+    """Build no module, restrict nothing."""
+    return None
+
+
+@dataclass(frozen=True)
+class Method:
+    """One method of the papers. `flags` is {flag: value}; `given` is the set of flags that the user typed.
+
+    A method that is off returns nothing from its builders, so that the baseline stays bit-identical.
+    """
+
+    title: str  # heading of its flags in --help
+    add_flags: Callable = nothing  # (argparse group)
+    conflicts: Callable = nothing  # (flags, given) -> pairs (applies, sentence)
+    needs: Callable = nothing  # (flags) -> some of "exits", "embeddings", "all_tasks"; see building.py
+    terms: Callable = nothing  # (flags, model, noise) -> {name: LossTerm}; noise(purpose) -> torch.Generator
+    plan: Callable = same_plan  # (flags, depth, plan so far) -> plan: a function that starts a generator of phases
+    adapters: Callable = no_module  # (flags, config, task names, generator) -> module for BERT's adapter slot
+    trains: Callable = no_module  # (flags, model) -> names of the parameters that may train; None: all
+    rates: Callable = nothing  # (flags, model) -> {parameter name: factor of the learning rate}
+
+
+def belongs(given, names, is_on, owner):
+    """Conflicts for flags that make no sense while the flag that they belong to is off."""
+    return [(name in given and not is_on, f"--{name} belongs to {owner}") for name in names]
+
+
+def among_tasks(flags, name):
+    """Conflicts for a flag that lists tasks: each must be a task of the run."""
+    tasks = flags["tasks"]
+    return [(task not in tasks, f"--{name} {task}: not among --tasks {' '.join(tasks)}") for task in flags[name] or ()]
+
+
+# --- types of flags: functions of the typed text, for argparse ----------------------------------------------------
+
+
+def positive_int(text):
+    """A whole number above 0."""
+    value = int(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
+
+
+def seed(text):
+    """A whole number from 0 that every generator accepts."""
+    value = int(text)
+    if not 0 <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"{text} is not from 0 to below 2**63")
+    return value
+
+
+def at_least_zero(text):
+    """A finite number that is not negative."""
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a number of at least 0")
+    return value
+
+
+def positive(text):
+    """A finite number above 0."""
+    value = at_least_zero(text)
+    if value == 0:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
+
+
+def share(text):
+    """A number from 0 to below 1."""
+    value = at_least_zero(text)
+    if value >= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not below 1")
+    return value
