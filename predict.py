@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Ask a trained run: one text, a CSV file, or standard input. Read first: multitask_classifier.py (`load_run`).
+"""Predict with a trained run: one text, a CSV file, or standard input.
 
     python predict.py runs/finetune sst "a gripping film"
     python predict.py runs/finetune para "Is tea healthy?" "Is it good to drink tea?"
     python predict.py runs/finetune sts --file pairs.csv --out answers.csv
     cat reviews.txt | python predict.py runs/finetune sst
 
-It runs the code of evaluation.py, so that a text gets the numbers that it gets in a run's prediction files.
+It calls evaluation.predict, as a run does for its own prediction files, so a text gets the same numbers here.
 """
 
 import csv
@@ -15,25 +15,26 @@ import math
 import os
 import sys
 
-# first of ours: it says what to do where torch is not installed
+# imported first: it prints what to do where torch is not installed
 import multitask_classifier  # isort: skip
+from building import choose_device, make_autocast
 from datasets import Dataset, read_dataset
 from errors import InputError, Parser, run_script
 from evaluation import describe, predict
 from files import write_whole
-from flags import PRECISIONS, positive_int
-from tasks import TASK_NAMES
+from flags import PRECISIONS
+from methods import positive_int
+from tasks import TASKS
 
 
 def make_parser():
     """The command line."""
-    about = __doc__.split("Read first")[0]
-    parser = Parser(description=about, epilog="Without TEXT and --file, standard input is read.")
+    parser = Parser(description=__doc__.splitlines()[0], epilog="Without TEXT and --file, standard input is read.")
     parser.add_argument("run", help="run directory")
-    parser.add_argument("task", choices=TASK_NAMES, help="which of the run's tasks")
+    parser.add_argument("task", choices=tuple(TASKS), help="which of the run's tasks")
     parser.add_argument("texts", nargs="*", metavar="TEXT", help="the text, or the two texts of a pair")
     parser.add_argument("--file", metavar="CSV", help="the course's format, tab separated; it needs no label column")
-    parser.add_argument("--out", metavar="CSV", help="write texts and answers here, rather than print the answers")
+    parser.add_argument("--out", metavar="CSV", help="write texts and predictions to this file, instead of printing")
     parser.add_argument("--precision", choices=PRECISIONS, help="default: the run's")
     parser.add_argument("--eval_batch_size", type=positive_int, help="texts at once; default: the run's")
     parser.add_argument("--use_gpu", action="store_true", help="work on CUDA or Apple's MPS where there is one")
@@ -51,7 +52,7 @@ def collect(task, rows, tokenizer, max_length):
 def check_count(task, texts, where):
     """Fail where a row has another number of texts than the task compares."""
     if len(texts) != len(task.columns):
-        wanted = "one text" if len(task.columns) == 1 else "two texts"
+        wanted = "two texts" if task.is_pair else "one text"
         raise InputError(f"{where}: {len(texts)} given, but {task.name} takes {wanted}; quote a text that has spaces")
 
 
@@ -65,7 +66,7 @@ def read_lines(task, stream):
         except UnicodeDecodeError as error:
             value = raw[error.start : error.start + 1]
             raise InputError(f"{where}: byte {value!r} is not UTF-8: convert the text to UTF-8") from None
-        texts = [line] if len(task.columns) == 1 else line.split("\t")
+        texts = line.split("\t") if task.is_pair else [line]
         if not line.strip():
             texts = [""] * len(task.columns)
         if len(texts) != len(task.columns):
@@ -76,8 +77,8 @@ def read_lines(task, stream):
     return rows
 
 
-def read_questions(args, task, tokenizer, max_length):
-    """The dataset to answer, from wherever the command line says."""
+def read_texts(args, task, tokenizer, max_length):
+    """The texts to predict, from the arguments, a file or standard input, as a dataset."""
     if args.file:
         if args.texts:
             raise InputError(f"--file {args.file}: goes without TEXT arguments: give one or the other")
@@ -93,15 +94,15 @@ def read_questions(args, task, tokenizer, max_length):
     return collect(task, read_lines(task, sys.stdin.buffer), tokenizer, max_length)
 
 
-def answer_lines(predictions):
+def prediction_lines(predictions):
     """One line per row: label and its probability, or the score."""
     for i in range(len(predictions.values)):
         value, label, probability = describe(predictions, i)
         yield f"{label}\t{probability}" if label else value
 
 
-def answer_table(predictions):
-    """A CSV of texts and answers."""
+def prediction_table(predictions):
+    """A CSV of texts and predictions."""
     data, table = predictions.data, io.StringIO()
     writer = csv.writer(table)
     writer.writerow(["id", *data.task.columns, "prediction", "label", "probability"])
@@ -111,17 +112,17 @@ def answer_table(predictions):
 
 
 def main(argv=None):
-    """Answer what the command line asks."""
+    """Predict what the command line asks for."""
     args = make_parser().parse_args(argv)
     if args.out and os.path.lexists(args.out):
         raise InputError(f"--out {args.out}: exists already: remove it, or choose another name")
-    device = multitask_classifier.choose_device(args.use_gpu)
-    given = {name: value for name in ("precision", "eval_batch_size") if (value := getattr(args, name))}
-    run = multitask_classifier.load_run(args.run, device, given)
+    device = choose_device(args.use_gpu)
+    changes = {name: value for name in ("precision", "eval_batch_size") if (value := getattr(args, name))}
+    run = multitask_classifier.load_run(args.run, device, changes)
     tasks, flags = run.model.tasks, run.flags
     if args.task not in tasks:
         raise InputError(f"{args.task}: {args.run} was not trained on it: choose from {', '.join(tasks)}")
-    data = read_questions(args, tasks[args.task], run.tokenizer, flags["max_length"])
+    data = read_texts(args, tasks[args.task], run.tokenizer, flags["max_length"])
     if data.truncated:
         print(f"note: {data.truncated} rows are cut to {data.max_length} tokens", file=sys.stderr)
     predictions = predict(
@@ -129,13 +130,13 @@ def main(argv=None):
         data,
         infer=run.infer,
         batch_size=flags["eval_batch_size"],
-        precision=multitask_classifier.make_precision(flags["precision"], device),
+        precision=make_autocast(flags["precision"], device),
         progress=sys.stderr.isatty(),
     )
     if args.out:
-        write_whole(args.out, answer_table(predictions))
+        write_whole(args.out, prediction_table(predictions))
     else:
-        print("\n".join(answer_lines(predictions)))
+        print("\n".join(prediction_lines(predictions)))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The run directory: what a run leaves behind, and what resuming needs. Read first: files.py.
+"""The run directory, and the recorder: what a run leaves behind, how it is saved, logged, interrupted and resumed.
 
     config.json        every flag, the command, git commit, versions, device, hashes of data and weights, BERT's sizes
     log.jsonl          a line per logged step and per phase
@@ -7,7 +7,7 @@
     predictions/       the course's format and a readable CSV
     summary.json       the closing numbers
 
-A killed run is continued from last.pt; what the log says beyond that position is cut off and written again.
+A killed run continues from last.pt. The log is cut back to that position, and the rest of it is written again.
 """
 
 import hashlib
@@ -16,22 +16,30 @@ import os
 import platform
 import resource
 import shutil
+import signal
 import subprocess
 import sys
+import time
 import uuid
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 import safetensors.torch
 import torch
+from tqdm import tqdm
 
+import parallel
+from base_bert import dropout_state
 from errors import InputError
 from files import write_whole
 from parallel import on_first, world_size
 
-# flags that say where and how a run is looked after, not what it computes: free to differ when it is resumed
-CARE_FLAGS = {"run_dir", "resume", "overwrite", "keep_last", "log_every", "save_every", "eval_batch_size"}
+# the version of config.json and its flags
+FORMAT = 2
+# flags that do not change what a run computes: they may differ when it is resumed
+CARE_FLAGS = {"run_dir", "resume", "overwrite", "eval_batch_size"}
 FREE_FLAGS = CARE_FLAGS | {"data_dir", "weights"}
 # where a new run's first files wait until all of them are written
 STAGING = ".minbert-new-run"
@@ -131,18 +139,18 @@ class RunFolder:
             raise InputError(f"{self.path}: is not a run directory, so --overwrite leaves it alone")
 
     @on_first
-    def create(self, config, vocab, overwrite):
-        """Start a run here, with its config and the vocabulary it reads with.
+    def create(self, config, weights, overwrite):
+        """Start a run here, with its config and the tokenizer files of the weights.
 
-        An old run goes only when the new one's files are on the disk, its config.json first; the new one's config.json
-        comes last. A kill in between leaves a half-made run, which the next start replaces.
+        An old run is removed only when the new run's files are on the disk, its config.json first. The new run's
+        config.json comes last. A kill in between leaves a half-made run, which the next start replaces.
         """
         self.refuse_existing(overwrite)
         staging = self.path / STAGING
         shutil.rmtree(staging, ignore_errors=True)
-        files = [vocab.parent / name for name in ("tokenizer_config.json", "vocab.txt")]
+        files = [weights / name for name in ("tokenizer_config.json", "vocab.txt")]
         content = {path.name: path.read_bytes() for path in files if path.is_file()}
-        content["config.json"] = json.dumps({"id": uuid.uuid4().hex, **config}, indent=1)
+        content["config.json"] = json.dumps({"id": uuid.uuid4().hex, "format": FORMAT, **config}, indent=1)
         try:
             for name, data in content.items():
                 write_whole(staging / name, data)
@@ -281,7 +289,15 @@ class RunFolder:
 
 
 def check_same_run(config, flags, given):
-    """Fail where a resumed run is given other flags, or other processes, than it was started with."""
+    """Fail where a resumed run is given other flags, or other processes, than it was started with.
+
+    Raises: InputError.
+    """
+    if config.get("format") != FORMAT:
+        raise InputError(
+            f"--resume: this run was started by an earlier version: resume it with that version "
+            f"(git checkout {str(config.get('commit', '')).rstrip('+') or 'of its time'}), or start another run"
+        )
     processes = config.get("processes", 1)
     if processes != world_size():
         raise InputError(
@@ -318,3 +334,266 @@ def hash_weights(folder):
 def command_line():
     """The command as typed."""
     return " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+# --- signals and progress -----------------------------------------------------------------------------------------
+
+
+class Interrupted(BaseException):
+    """SIGINT or SIGTERM, raised where the state can be saved; only its own handler may catch it."""
+
+
+class SignalGuard:
+    """Turns SIGINT and SIGTERM into a request that the recorder reads between two steps.
+
+    While `immediate` is set (an evaluation changes nothing) a signal interrupts at once. A second signal always does.
+    """
+
+    def __init__(self, immediate=False):
+        self.immediate = immediate
+
+    def __enter__(self):
+        self.received = None
+        self.before = {s: signal.signal(s, self.handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *exception):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def handle(self, number, frame):
+        """Remember the signal, or raise Interrupted."""
+        again, self.received = self.received is not None, number
+        if self.immediate or again:
+            raise Interrupted
+
+
+@dataclass
+class Progress:
+    """Where a run is: what last.pt holds besides the tensors."""
+
+    scores: list = field(default_factory=list)  # norm after each finished phase
+    step: int = 0  # finished steps of the current phase
+    epochs: float = 0.0  # epochs before the current phase
+    total_steps: int = 0
+    best: float = -1.0
+    best_phase: str = ""
+    last_scores: dict = field(default_factory=dict)
+    trained: list = field(default_factory=list)  # names of the parameters that the optimiser holds
+    train_seconds: float = 0.0
+    eval_seconds: float = 0.0
+
+
+# --- the recorder -------------------------------------------------------------------------------------------------
+
+
+class Recorder:
+    """Everything around the loop that is not training: saving, logging, signals, progress bar, time and memory.
+
+    The loop calls it at three places: `before_phase` (which yields the remaining steps), `after_step`, `after_phase`.
+    A signal that reaches one process stops all processes after the same step. `state` is what a stopped run saved.
+    """
+
+    save_minutes = 10.0  # between saved states within a phase
+    steps_per_line = 50  # of log.jsonl
+    keep_last = False  # whether last.pt stays when the run is complete
+
+    def __init__(self, folder, parts, state=None):
+        self.folder, self.parts, self.state = folder, parts, state
+        self.progress = Progress(**state["progress"]) if state else Progress()
+        self.signals, self.best = SignalGuard(), None
+        if state:
+            restore(parts, state)
+
+    def __enter__(self):
+        self.signals.__enter__()
+        return self
+
+    def __exit__(self, kind, *exception):
+        self.signals.__exit__()
+        # a signal that came while the last state was saved
+        if kind is None and parallel.any_process(self.signals.received is not None)[0]:
+            raise Interrupted
+
+    def before_phase(self, phase, steps, optimizer, trained):
+        """Yield (number of finished steps, step) for the remaining steps of a phase, behind a progress bar."""
+        self.phase, self.optimizer, self.pending, progress = phase, optimizer, [], self.progress
+        if self.state and trained == progress.trained:
+            optimizer.load_state_dict(self.state["optimizer"])
+        progress.trained, self.state = trained, None
+        self.started = self.logged_at = self.saved_at = self.printed_at = time.monotonic()
+        quiet = not parallel.progress_bars()
+        self.bar = tqdm(steps[progress.step :], phase.label, len(steps), initial=progress.step, disable=quiet)
+        for step in self.bar:
+            yield progress.step, step
+        progress.train_seconds += time.monotonic() - self.started
+
+    def after_step(self, results):
+        """Count the step, and log, print or save where it is time to.
+
+        Raises: Interrupted after saving, where a signal came; InputError where a loss is not a number.
+        """
+        progress, now = self.progress, time.monotonic()
+        self.pending.append(results)
+        progress.step += 1
+        progress.total_steps += 1
+        due = now - self.saved_at > 60 * self.save_minutes
+        stop, due = parallel.any_process(self.signals.received is not None, due)
+        if stop or due or len(self.pending) == self.steps_per_line or progress.step == self.bar.total:
+            self.log_steps(now)
+        if stop or due:
+            progress.train_seconds += now - self.started
+            self.started = self.saved_at = time.monotonic()
+            self.folder.save_last(snapshot(self.parts, self.optimizer, progress))
+        if stop:
+            raise Interrupted
+
+    def log_steps(self, now):
+        """Write a log line for the steps since the last one, and show it beside the progress bar."""
+        seconds, progress = now - self.logged_at, self.progress
+        rows = check_finite(self.parts, self.folder, self.pending, progress.total_steps - len(self.pending) + 1)
+        terms, speed = mean_terms(rows), sum(count for _, count, _ in rows) / seconds
+        self.folder.log(
+            kind="step",
+            phase=self.phase.label,
+            step=progress.total_steps,
+            terms=terms,
+            lr=self.optimizer.param_groups[0]["lr"],
+            seconds=round(seconds, 3),
+            examples_per_second=round(speed, 1),
+            peak_mib=round(memory_mib(self.parts.precision.device)),
+            **({"cosines": cosines} if (cosines := mean_cosines(self.pending)) else {}),
+        )
+        losses = " ".join(f"{name} {sum(values.values()):.3f}" for name, values in terms.items())
+        self.bar.set_postfix_str(f"{losses} {speed:.0f} ex/s")
+        # without a progress bar a line a minute shows that the run is alive
+        if self.bar.disable and now - self.printed_at > 60:
+            print(f"{self.phase.label} step {progress.step}/{self.bar.total} {losses} {speed:.0f} ex/s", flush=True)
+            self.printed_at = now
+        self.pending, self.logged_at = [], now
+
+    def after_phase(self, phase, evaluate):
+        """Evaluate the model, keep it where it is the best so far, and save what resuming needs. Returns norm.
+
+        `evaluate()` returns (Scores, predictions). `self.best` is that of the last model where it is the best one.
+        """
+        started, progress = time.monotonic(), self.progress
+        # taken beforehand, while all processes are at the same place
+        before = snapshot(self.parts, self.optimizer, progress)
+        self.signals.immediate = True
+        try:
+            scores, predictions = evaluate()
+            scores = parallel.from_first(scores)
+        except (Interrupted, InputError):
+            self.folder.save_last(before)
+            raise
+        finally:
+            self.signals.immediate = False
+        progress.eval_seconds += time.monotonic() - started
+        is_best = phase.keep and scores.norm > progress.best
+        if is_best:
+            progress.best, progress.best_phase = scores.norm, phase.label
+            self.folder.save_best(self.parts.model)
+        self.best = (scores, predictions) if is_best else None
+        progress.last_scores = {"tasks": scores.tasks, "raw": scores.raw, "norm": scores.norm}
+        progress.scores.append(scores.norm)
+        progress.epochs += phase.fraction
+        progress.step = 0
+        self.log_phase(phase, scores, is_best)
+        self.folder.save_last(snapshot(self.parts, self.optimizer, progress))
+        return scores.norm
+
+    def log_phase(self, phase, scores, is_best):
+        """Write a log line for a phase, and print it."""
+        self.folder.log(
+            kind="phase",
+            phase=phase.label,
+            dev=scores.tasks,
+            raw=scores.raw,
+            norm=scores.norm,
+            train_seconds=round(self.progress.train_seconds, 2),
+            eval_seconds=round(self.progress.eval_seconds, 2),
+        )
+        tasks = self.parts.model.tasks
+        metrics = "  ".join(f"{name} {values[tasks[name].metric.name]:.3f}" for name, values in scores.tasks.items())
+        best = "  best so far" if is_best else ""
+        print(f"{phase.label}: dev {metrics}  raw {scores.raw:.4f}  norm {scores.norm:.4f}{best}", flush=True)
+        for warning in scores.warnings if phase.keep else ():
+            print(f"warning: {warning}", flush=True)
+
+    def remove_last(self):
+        """Drop last.pt: the run is complete."""
+        if not self.keep_last:
+            self.folder.remove_last()
+
+
+def snapshot(parts, optimizer, progress):
+    """Everything that a resumed run needs, loadable with weights_only=True.
+
+    The processes are alike, except for the generators that dropout draws from: all of those are here.
+    """
+    get_state, _ = dropout_state(parts.precision.device)
+    return {
+        "model": parts.model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "progress": asdict(progress),
+        "terms": {key: term.state_dict() for key, term in parts.terms.items()},
+        "gradients": parts.gradients.state_dict(),
+        "scaler": parts.precision.scaler.state_dict(),
+        "rng": torch.stack(parallel.gather(get_state())),
+    }
+
+
+def restore(parts, state):
+    """Put the saved tensors back. The optimiser's tensors follow when it is built."""
+    parts.model.load_state_dict(state["model"])
+    for key, saved in state["terms"].items():
+        parts.terms[key].load_state_dict(saved)
+    parts.gradients.load_state_dict(state["gradients"])
+    parts.precision.scaler.load_state_dict(state["scaler"])
+    _, set_state = dropout_state(parts.precision.device)
+    # a tensor of its own, because torch crashes on a row of another one
+    set_state(state["rng"][parallel.rank()].clone())
+
+
+def check_finite(parts, folder, pending, first_step):
+    """Stop the run at the first loss that is not a number, saving the batch's ids.
+
+    `pending` holds the results of several steps. Their values are summed over the processes and fetched from the
+    device in one transfer. Returns [(task, examples, {term: mean})].
+    """
+    sums = torch.stack([value for results, _ in pending for *_, values in results for value in values.values()])
+    sums, means = iter(parallel.add_up(sums).tolist()), []
+    for offset, (results, _) in enumerate(pending):
+        for name, rows, values in results:
+            values = {key: next(sums) / len(rows) for key in values}
+            if not all(map(np.isfinite, values.values())):
+                record = {"step": first_step + offset, "task": name, "terms": {k: str(v) for k, v in values.items()}}
+                path = folder.path / "nan-batch.json"
+                ids = [parts.data[name]["train"].identifier(row) for row in rows]
+                write_whole(path, json.dumps(record | {"ids": ids}, indent=1))
+                raise InputError(
+                    f"{path}: the loss of {name} is {values} at step {first_step + offset}: lower --lr, or look at "
+                    "the examples whose ids are saved there"
+                )
+            means.append((name, len(rows), values))
+    return means
+
+
+def mean_terms(rows):
+    """Mean of each task's terms over logged batches: {task: {term: mean}}."""
+    means = {}
+    for name in dict.fromkeys(name for name, _, _ in rows):
+        mine = [(count, values) for task, count, values in rows if task == name]
+        total = sum(count for count, _ in mine)
+        means[name] = {key: sum(c * v[key] for c, v in mine) / total for key in mine[0][1]}
+    return means
+
+
+def mean_cosines(pending):
+    """Mean cosine between the gradients of every pair of tasks over the pending steps: {"sst-para": cosine}."""
+    values = {}
+    for _, cosines in pending:
+        for pair, cosine in cosines.items():
+            values.setdefault(pair, []).append(float(cosine))
+    return {pair: sum(cosines) / len(cosines) for pair, cosines in values.items()}

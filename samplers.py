@@ -1,16 +1,18 @@
-"""Which rows an epoch uses and which task comes next: pure functions of a seed. Read first: nothing.
+"""Which rows an epoch uses, and which task comes next: pure functions of a seed.
 
-Nothing here holds state: what epoch 3 does follows from (seed, 3), so a resumed run needs no saved iterator.
+Nothing here holds state. What epoch 3 does follows from (seed, 3), so a resumed run needs no saved iterator.
 
-Data splitting (SMARTer BERT 5.3.2). The largest task drowns the others unless an epoch takes only a part of it:
+Data splitting (SMARTer BERT 5.3.2). The largest task drowns the other tasks unless an epoch takes only a part of it:
     full          every row of every task
     equal         "split1": paraphrase gives as many rows as SST has, the next part of a shuffled order in each epoch
-    proportional  "split2": similarity gives a seventeenth besides, the paper's number of parts
-Task order. `sequential` is BERTer's baseline (one task after the other); `round_robin` and `random` interleave
-the same batches; `proportional`, `sqrt` and `annealed` draw the task of each step with probability p ~ N^alpha
-(alpha 1, 1/2, and 1 - .8 (e-1)/(E-1) in epoch e of E, Stickland and Murray 2019), so that a task's batches may be
-used more than once or not at all in an epoch while the number of steps stays the same. N is the number of batches
-that the split leaves a task: with `equal` these samplers hardly differ, they are meant for `full`.
+    proportional  "split2": similarity gives a seventeenth as well, the paper's number of parts
+How many rows a task gives under each split stands in its row of the task table (`epoch_rows`).
+
+Task order. `sequential` trains one task after the other, as BERTer's baseline does. `round_robin` and `random`
+interleave the same batches. `proportional`, `sqrt` and `annealed` draw the task of each step with probability
+p ~ N^alpha (alpha 1, 1/2, and 1 - .8 (e-1)/(E-1) in epoch e of E; Stickland and Murray 2019). Then a task's batches
+may be used more than once or not at all in an epoch, while the number of steps stays the same. N is the number of
+batches that the split leaves a task: with `equal` these three hardly differ, they are meant for `full`.
 """
 
 import math
@@ -19,81 +21,104 @@ import zlib
 import numpy as np
 
 DATA_SPLITS = ("full", "equal", "proportional")
-SAMPLERS = ("sequential", "round_robin", "random", "proportional", "sqrt", "annealed")
-STS_PARTS = 17
 
 
 def generator(seed, *key):
-    """A numpy generator for one purpose: the same seed and key give the same numbers, another key others."""
+    """A numpy generator for one purpose: the same seed and key draw the same numbers, another key draws others."""
+    # crc32 maps a word to the same number in every process; Python's hash() does not
     return np.random.default_rng([seed, *(zlib.crc32(str(part).encode()) for part in key)])
 
 
+# --- rows ---------------------------------------------------------------------------------------------------------
+
+
 def endless_rows(name, size, start, count, seed):
-    """Rows start .. start + count of an endless row of permutations of 0..size-1, one after another."""
+    """Rows start .. start + count of an endless sequence of permutations of 0..size-1, one after another.
+
+    Shapes: int array [count].
+    """
     first, last = start // size, (start + count - 1) // size
     passes = [generator(seed, "rows", name, k).permutation(size) for k in range(first, last + 1)]
-    return np.concatenate(passes)[start - first * size :][:count]
+    return np.concatenate(passes)[start - first * size :][:count]  # [passes * size] cut to [count]
 
 
-def rows_per_epoch(sizes, split):
-    """How many rows of each task one epoch uses: {task: rows}.
+def rows_per_epoch(tasks, sizes, split):
+    """How many rows of each task one epoch uses: {task: rows}, from {task: Task} and {task: rows of its file}.
 
-    Source: SMARTer BERT 5.3.2, with the number of SST rows in place of its 8,328 of 17 equal Quora parts.
-    Differs: without SST among the tasks, the smallest task takes its place.
+    Source: SMARTer BERT 5.3.2.
     """
-    rows = dict(sizes)
-    if split != "full" and "para" in sizes:
-        rows["para"] = min(sizes["para"], sizes.get("sst", min(sizes.values())))
-    if split == "proportional" and "sts" in sizes:
-        rows["sts"] = math.ceil(sizes["sts"] / STS_PARTS)
-    return rows
+    return {
+        name: tasks[name].epoch_rows[split](name, sizes) if split in tasks[name].epoch_rows else size
+        for name, size in sizes.items()
+    }
 
 
-def epoch_rows(sizes, split, start, fraction, seed):
-    """Rows of each task for the stretch of training from `start` to `start + fraction`, both in epochs.
+def epoch_rows(rows, sizes, start, fraction, seed):
+    """Rows of each task for the part of the training from `start` to `start + fraction`, both in epochs.
 
-    Consecutive stretches take consecutive rows, so each row is used once before any is used again.
+    `rows` is {task: rows in an epoch}, `sizes` {task: rows of its file}. Consecutive parts take consecutive rows, so
+    each row is used once before any row is used again.
     Shapes: {task: int array}.
     """
-    rows = {}
-    for name, count in rows_per_epoch(sizes, split).items():
-        # the end of one stretch must be the start of the next, however the two sums of fractions were rounded
+    chosen = {}
+    for name, count in rows.items():
+        # 1e-6: the end of one part must be the start of the next, however the sums of fractions were rounded
         first, last = (math.floor(epochs * count + 1e-6) for epochs in (start, start + fraction))
-        rows[name] = endless_rows(name, sizes[name], first, max(1, last - first), seed)
-    return rows
+        chosen[name] = endless_rows(name, sizes[name], first, max(1, last - first), seed)
+    return chosen
 
 
-def exponent(sampler, progress):
-    """alpha of p ~ N^alpha; progress is (e - 1) / (E - 1), 0 where there is one epoch."""
-    return {"proportional": 1.0, "sqrt": 0.5, "annealed": 1.0 - 0.8 * progress}[sampler]
+# --- task order: {task: number of batches}, progress, generator -> [(task, batch index)] --------------------------
+# `progress` is (e - 1) / (E - 1), 0 where there is one epoch.
 
 
-def task_order(sampler, steps, progress, rng):
-    """The task of every step of an epoch.
+def sequential(steps, progress, rng):
+    """One task after the other."""
+    return [(name, k) for name in steps for k in range(steps[name])]
 
-    `steps` is {task: number of batches}. Returns a list of (task, batch index) with sum(steps) entries.
-    """
-    names = list(steps)
-    if sampler == "sequential":
-        return [(name, k) for name in names for k in range(steps[name])]
-    if sampler == "round_robin":
-        return [(name, k) for k in range(max(steps.values())) for name in names if k < steps[name]]
-    if sampler == "random":
-        drawn = rng.permutation([name for name in names for _ in range(steps[name])])
-    else:
-        weights = np.array([steps[name] ** exponent(sampler, progress) for name in names])
-        drawn = rng.choice(names, size=sum(steps.values()), p=weights / weights.sum())
-    used = dict.fromkeys(names, 0)
-    order = []
-    for name in map(str, drawn):
-        order.append((name, used[name] % steps[name]))
+
+def round_robin(steps, progress, rng):
+    """The tasks in turn, until each has used its batches."""
+    return [(name, k) for k in range(max(steps.values())) for name in steps if k < steps[name]]
+
+
+def number_batches(order, steps):
+    """Give each entry of a sequence of tasks the task's next batch, the first one again after the last."""
+    used, numbered = dict.fromkeys(steps, 0), []
+    for name in map(str, order):
+        numbered.append((name, used[name] % steps[name]))
         used[name] += 1
+    return numbered
+
+
+def shuffled(steps, progress, rng):
+    """All batches in random order."""
+    return number_batches(rng.permutation([name for name in steps for _ in range(steps[name])]), steps)
+
+
+def drawn(alpha):
+    """Make the order that draws each step's task with p ~ N^alpha(progress)."""
+
+    def order(steps, progress, rng):
+        weights = np.array([count ** alpha(progress) for count in steps.values()])
+        return number_batches(rng.choice(list(steps), size=sum(steps.values()), p=weights / weights.sum()), steps)
+
     return order
 
 
-def all_tasks_order(steps):
-    """Steps that take one batch of every task; shorter tasks start again until the longest ends.
+SAMPLERS = {
+    "sequential": sequential,
+    "round_robin": round_robin,
+    "random": shuffled,
+    "proportional": drawn(lambda progress: 1.0),
+    "sqrt": drawn(lambda progress: 0.5),
+    "annealed": drawn(lambda progress: 1.0 - 0.8 * progress),
+}
 
-    Returns a list of lists of (task, batch index), for PCGrad and GradVac.
+
+def all_tasks_order(steps):
+    """Steps that take one batch of every task; shorter tasks start again until the longest one ends.
+
+    Returns a list of lists of (task, batch index).
     """
     return [[(name, k % count) for name, count in steps.items()] for k in range(max(steps.values()))]

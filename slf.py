@@ -1,133 +1,284 @@
-"""Training plans: what each phase of training trains, and on which exits. Read first: nothing.
+"""Training plans: what each phase of training trains, and on which exits.
 
-A plan is a generator. The loop asks for a phase, trains it, evaluates, and sends the dev score back:
+A plan is a generator. The loop takes a phase, trains it, evaluates the model, and sends the dev score back:
 
     phase = next(plan)
     while phase: train(phase); phase = plan.send(score)          # StopIteration ends the run
 
-so a plan may choose by the scores it was sent (Smart Alternating), and a resumed run rebuilds the plan's state by
-sending the recorded scores to a fresh one. A plan knows nothing but these scores: no model, no clock, no chance.
+So a plan may choose by the scores that it receives, as Smart Alternating does. A plan sees nothing else: no model, no
+clock, no chance. A resumed run sends the recorded scores to a fresh plan and is back where it stopped.
 
-With L layers, h_i the state after layer i and g_i its exit, L_i = H(y, g_i(h_i; w_i)) is the loss of exit i. A plan
-is a choice, over time, of the L_i that count and of the parameters that move:
+There are L layers. h_i is the state after layer i, g_i its exit, and L_i = H(y, g_i(h_i; w_i)) the loss of exit i. A
+plan says which L_i count and which parameters move, over time:
 
-    plain                    sum_i weight_i L_i                  everything, from first to last epoch
+    plain                    sum_i weight_i L_i                  everything, in every epoch
     Sequential Layer Focus   L_1, then L_2, ..., then L_L        layer i and exit i; then a second plan for everything
+    gradual unfreezing       L_L                                 the heads, then one more layer a phase, last to first
     Smart Alternating        A: L_L  or  B: sum_i L_i            everything; the dev score chooses between A and B
     two-stage                L_L, then sum_{i<L} L_i             everything; then the exits alone
 
 Source: BERTer 3.3 and its "Novel Fine-Tuning Strategy"; DeeBERT (two-stage); BERxiT compares such strategies.
-Differs: the papers leave open how long stage 1 of Sequential Layer Focus takes (here a budget per layer), what counts
-as better in Smart Alternating (here strictly above the epoch before, at full depth), and what happens to the parts
-that layers share while single layers train (here they wait for stage 2).
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
-EVERYTHING = ("",)
+from early_exit import exit_weights
+from methods import Method, belongs, positive
+from tasks import chosen_objective
+
+
+def everything(model):
+    """Train the whole model."""
+    return [model]
 
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of training with one set of trainable parameters and one choice of exits.
+    """A part of the training with one set of trainable parameters and one choice of exits.
 
-    `fraction` is its length in epochs; `trainable` are prefixes of parameter names (within what the run may train at
-    all); `exit_weights` is a cycle of {exit layer: weight}, one entry per batch of a task; `stretch` is (k, n): this
-    phase is the k-th of n that share an optimiser and a learning-rate schedule; `keep` says whether the model after
-    this phase may be kept as the best one. `rows_from`, in epochs, is where in the data its rows begin, by default
-    where those of the phase before end; `frozen_below` is the number of layers whose last state is kept (frozen.py).
+    `trainable(model)` lists the modules whose parameters move. `exit_weights` is a cycle of {exit layer: weight}, one
+    entry for each batch of a task.
     """
 
     label: str
-    fraction: float
+    fraction: float  # length in epochs
     exit_weights: tuple
-    trainable: tuple = EVERYTHING
-    stretch: tuple = (0, 1)
-    keep: bool = True
-    rows_from: float | None = None
-    frozen_below: int = 0
+    trainable: Callable = everything
+    part: tuple = (0, 1)  # (k, n): number k of the n phases that share an optimiser and a learning-rate schedule
+    keep: bool = True  # whether the model after this phase may be kept as the best one
+    without: tuple = ()  # names of the loss terms that do not count
 
 
 def plain(epochs, exit_weights, size=1.0):
     """Train everything for a number of phases of `size` epochs each."""
     for epoch in range(epochs):
-        yield Phase(f"epoch {epoch + 1}/{epochs}", size, exit_weights, stretch=(epoch, epochs))
+        yield Phase(f"epoch {epoch + 1}/{epochs}", size, exit_weights, part=(epoch, epochs))
 
 
 def smart_alternating(epochs, depth, joint, size=1.0):
-    """Each epoch train on the last exit (stage A) or on all exits (stage B), as the dev scores decide.
+    """Train each epoch on the last exit (stage A) or on all exits (stage B), as the dev scores decide.
 
-    The first epoch is A. A stage goes on while the score after it is strictly above that of the epoch before, and
-    gives way to the other one when it is not; the first epoch has none before it, so the second is A too. `joint` is
-    stage B's {exit layer: weight}. The backbone trains in both. Exits that stage A does not run get no gradient, so
-    the optimiser, which lives through all epochs, leaves them as they are.
+    Keep the stage while the dev score improves, otherwise switch. Epoch 1 is stage A and has no predecessor, so
+    epoch 2 is also stage A. `joint` is stage B's {exit layer: weight}. The backbone trains in both stages. In stage A
+    the exits before the last get no gradient, so the optimiser leaves them as they are.
 
     Source: BERTer, "Novel Fine-Tuning Strategy".
-    Differs: as long as every epoch is better than the one before, B never comes and the exits before the last stay
-    untrained; the paper does not say what to do then, and neither is anything done here.
+    Differs: while every epoch improves, stage B never comes and the other exits stay untrained. The paper does not
+        say what to do then; nothing is done here.
     """
-    exit_weights = {"A": {depth: 1.0}, "B": joint}
+    weights = {"A": {depth: 1.0}, "B": joint}
     titles = {"A": "stage A (last exit)", "B": "stage B (all exits)"}
-    stage, before = "A", -math.inf
+    stage, previous = "A", -math.inf
     for epoch in range(epochs):
         label = f"epoch {epoch + 1}/{epochs}, {titles[stage]}"
-        score = yield Phase(label, size, (exit_weights[stage],), stretch=(epoch, epochs))
-        if not score > before:
+        score = yield Phase(label, size, (weights[stage],), part=(epoch, epochs))
+        if not score > previous:
             stage = "B" if stage == "A" else "A"
-        before = score
+        previous = score
 
 
 def two_stage(epochs, depth, joint, size=1.0):
     """Train everything on the last exit, then freeze that and train the other exits for as many epochs.
 
     `joint` is {exit layer: weight}; the second stage uses all of it but the last exit. Only the model after the very
-    last phase may be kept: in the first stage the other exits are untrained, and in the second the full-depth score
-    that would choose is the same after every epoch, since nothing it depends on moves.
+    last phase may be kept. In the first stage the other exits are untrained. In the second stage the full-depth model
+    is frozen, so its score is the same after every epoch and cannot rank the epochs.
 
     Source: DeeBERT (Xin et al., 2020), fine-tuning.
     """
     others = {i: weight for i, weight in joint.items() if i != depth}
-    stages = (
-        ("stage 1 (last exit)", {depth: 1.0}, EVERYTHING),
-        ("stage 2 (other exits)", others, ("exits.", "lte.")),
-    )
-    for title, exit_weights, trainable in stages:
-        for epoch in range(epochs):
-            label, last = f"{title}, epoch {epoch + 1}/{epochs}", exit_weights is others and epoch + 1 == epochs
-            yield Phase(label, size, (exit_weights,), trainable, (epoch, epochs), keep=last)
+    for epoch in range(epochs):
+        yield Phase(
+            f"stage 1 (last exit), epoch {epoch + 1}/{epochs}", size, ({depth: 1.0},), part=(epoch, epochs), keep=False
+        )
+    for epoch in range(epochs):
+        label = f"stage 2 (other exits), epoch {epoch + 1}/{epochs}"
+        is_last = epoch + 1 == epochs
+        yield Phase(label, size, (others,), exits_only, (epoch, epochs), keep=is_last)
 
 
-def layer_and_exit(i, depth):
-    """Prefixes of the parameters that belong to layer i and exit i alone, the layer's adapters among them."""
-    exit_prefixes = ("bert.pooler_dense.", "heads.") if i == depth else (f"exits.{i - 1}.",)
-    return (f"bert.bert_layers.{i - 1}.", *exit_prefixes, f"adapters.layers.{i - 1}.")
+def exits_only(model):
+    """Train the exits before the last layer, and what decides to leave at them."""
+    return [model.exits, model.lte]
 
 
-def sequential_layer_focus(depth, layer_epochs, second, keep_states=False):
-    """Stage 1: train layer by layer, each with its own exit; stage 2: whatever the plan `second` says.
+def sequential_layer_focus(depth, layer_epochs, second):
+    """Stage 1: train layer by layer, each with its own exit; stage 2: the phases of the plan `second`.
 
-    In stage 1 layer i learns from L_i alone, for `layer_epochs` (a fraction of an epoch or several), with its own
-    optimiser and schedule. What is below is frozen, and deeper layers are not asked for, so that no gradient goes
-    below layer i and nothing above it runs. What layers share (embeddings, LTE, shared parts of adapters) waits for
-    stage 2. No model of stage 1 may be kept, for its deeper layers are not trained yet. `second` is a fresh plan; it
-    is sent the scores of its own phases only. With `keep_states` all layers learn from the same examples, whose states
-    below the layer in training are kept; this takes `layer_epochs` of at most 1.
+    In stage 1, layer i learns from L_i alone for `layer_epochs` (a fraction of an epoch or several), with its own
+    optimiser and schedule. The layers below are frozen and the layers above do not run, so no gradient flows below
+    layer i. What the layers share (embeddings, learning to exit, shared parts of adapters) waits for stage 2. No
+    model of stage 1 may be kept, because its deeper layers are not trained yet. `second` receives the scores of its
+    own phases only.
 
     Source: BERTer 3.3, Sequential Layer Focus.
+    Differs: the paper does not say how long stage 1 takes (here: a budget for each layer), nor when shared parts train.
     """
     parts = math.ceil(layer_epochs)
     for i in range(1, depth + 1):
         for part in range(parts):
-            told = f", part {part + 1}/{parts}" if parts > 1 else ""
+            suffix = f", part {part + 1}/{parts}" if parts > 1 else ""
             yield Phase(
-                f"stage 1, layer {i}/{depth}{told}",
+                f"stage 1, layer {i}/{depth}{suffix}",
                 layer_epochs / parts,
                 ({i: 1.0},),
-                layer_and_exit(i, depth),
+                partial(layer_and_exit, i=i),
                 (part, parts),
                 keep=False,
-                rows_from=0.0 if keep_states else None,
-                frozen_below=i - 1 if keep_states else 0,
+                # the learning to exit is shared by the layers: its loss would only pull at the layer in training
+                without=("lte",),
             )
     yield from second
+
+
+def layer_and_exit(model, i):
+    """Train layer i and exit i."""
+    return model.layer_modules(i) + model.exit_modules(i)
+
+
+def gradual_unfreezing(depth, layer_epochs, second):
+    """Train the heads alone, then with the last layer, then with the last two, and so on; then the plan `second`.
+
+    Every phase takes `layer_epochs` epochs and has its own optimiser and schedule. The embeddings train in `second`.
+
+    Source: Howard and Ruder (2018), section 3.3.
+    Differs: the paper unfreezes the last layer together with the head; here the head trains alone first, because it
+        is new and the layer is pretrained.
+    """
+    for layers in range(depth):
+        label = f"unfreezing, heads and {layers}/{depth} layers"
+        trainable = partial(last_layers, layers=layers)
+        yield Phase(label, layer_epochs, ({depth: 1.0},), trainable, keep=False, without=("lte",))
+    yield from second
+
+
+def last_layers(model, layers):
+    """Train the heads and the last few layers."""
+    lowest = model.depth - layers + 1
+    above = [module for i in range(lowest, model.depth + 1) for module in model.layer_modules(i)]
+    return model.exit_modules(model.depth) + above
+
+
+# --- the records --------------------------------------------------------------------------------------------------
+
+TITLE = "training plans (BERTer 3.3)"
+
+
+def build_two_stage(flags, depth, plan):
+    """Replace the plan where --exit_loss asks for two stages."""
+    if flags["exit_loss"] != "two_stage":
+        return plan
+    return partial(two_stage, flags["epochs"], depth, exit_weights("joint", depth)[-1], flags["epoch_size"])
+
+
+def check_two_stage(flags, given):
+    """Conflicts of the two-stage plan."""
+    if flags["exit_loss"] != "two_stage":
+        return []
+    cosine = [name for name in flags["tasks"] if chosen_objective(flags, name).needs_two_vectors]
+    sentence = f"--{''.join(cosine[:1])}_loss {{}} with --pooling mean has exits without parameters: nothing to train"
+    return [
+        (flags["slf"], "--exit_loss two_stage and --slf are both plans with a first stage: choose one"),
+        (
+            flags["pooling"] != "cls" and cosine,
+            sentence.format("cosine") + " in the second stage of --exit_loss two_stage",
+        ),
+    ]
+
+
+TWO_STAGE = Method(TITLE, conflicts=check_two_stage, plan=build_two_stage)
+
+
+def add_alternating_flags(group):
+    """The flag of Smart Alternating."""
+    group.add_argument(
+        "--smart_alternating",
+        action="store_true",
+        help="alternate between the last exit and all exits by the dev score",
+    )
+
+
+def build_alternating(flags, depth, plan):
+    """Replace the plan where --smart_alternating asks for it."""
+    if not flags["smart_alternating"]:
+        return plan
+    joint = exit_weights(flags["exit_loss"], depth)[-1]
+    return partial(smart_alternating, flags["epochs"], depth, joint, flags["epoch_size"])
+
+
+def check_alternating(flags, given):
+    """Conflicts of Smart Alternating."""
+    kind = flags["exit_loss"]
+    both = flags["smart_alternating"] and kind in ("two_stage", "alternating")
+    return [(both, f"--exit_loss {kind} and --smart_alternating both choose the exits: choose one")]
+
+
+SMART_ALTERNATING = Method(
+    TITLE,
+    add_alternating_flags,
+    check_alternating,
+    needs=lambda flags: {"exits"} if flags["smart_alternating"] else set(),
+    plan=build_alternating,
+)
+
+
+def add_slf_flags(group):
+    """The flags of Sequential Layer Focus."""
+    group.add_argument("--slf", action="store_true", help="Sequential Layer Focus: layer by layer, then all layers")
+    group.add_argument("--slf_epochs", type=positive, default=0.25, help="epochs per layer in stage 1 of --slf")
+
+
+def build_slf(flags, depth, plan):
+    """Put stage 1 of Sequential Layer Focus before the plan."""
+    return (lambda: sequential_layer_focus(depth, flags["slf_epochs"], plan())) if flags["slf"] else plan
+
+
+def check_slf(flags, given):
+    """Conflicts of Sequential Layer Focus."""
+    frozen = flags["slf"] and flags["option"] == "pretrain"
+    return [
+        (frozen, "--slf trains BERT layer by layer, --option pretrain freezes it"),
+        *belongs(given, ["slf_epochs"], flags["slf"], "--slf"),
+    ]
+
+
+SLF = Method(
+    TITLE,
+    add_slf_flags,
+    check_slf,
+    needs=lambda flags: {"exits"} if flags["slf"] else set(),
+    plan=build_slf,
+)
+
+
+def add_unfreezing_flags(group):
+    """The flag of gradual unfreezing."""
+    group.add_argument(
+        "--gradual_unfreezing",
+        type=positive,
+        nargs="?",
+        const=0.25,
+        metavar="EPOCHS",
+        help="train the heads first and unfreeze a layer every EPOCHS (.25), last to first; then all layers",
+    )
+
+
+def build_unfreezing(flags, depth, plan):
+    """Put gradual unfreezing before the plan."""
+    layer_epochs = flags["gradual_unfreezing"]
+    return (lambda: gradual_unfreezing(depth, layer_epochs, plan())) if layer_epochs else plan
+
+
+def check_unfreezing(flags, given):
+    """Conflicts of gradual unfreezing."""
+    on = flags["gradual_unfreezing"]
+    return [
+        (on and flags["option"] == "pretrain", "--gradual_unfreezing trains BERT, --option pretrain freezes it"),
+        (on and flags["slf"], "--gradual_unfreezing and --slf both freeze layers at the start: choose one"),
+    ]
+
+
+GRADUAL_UNFREEZING = Method(TITLE, add_unfreezing_flags, check_unfreezing, plan=build_unfreezing)

@@ -440,6 +440,12 @@ def check_choice(flag, chosen, choices):
         raise InputError(f"{flag} {chosen}: unknown; choose from {', '.join(choices)}")
 
 
+def chosen_objective(flags, name):
+    """The objective that the flags choose for a task, by default the first of its row."""
+    objectives = TASKS[name].objectives
+    return objectives[flags.get(f"{name}_loss", next(iter(objectives)))]
+
+
 def build_tasks(names=("sst", "para", "sts"), pairs=None, siamese_features="uvd", losses=None):
     """Make the table of a run: {name: Task} in the order of names.
 

@@ -1,0 +1,430 @@
+"""From flags to the parts of a run: device, data, and everything that fills the slots of the training loop.
+
+The loop (multitask_classifier.py) sees only `Parts`. Methods are built by looping over their records (flags.METHODS);
+no method is named here. This module receives the model and never imports it.
+"""
+
+import ctypes
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+import parallel
+from base_bert import BertConfig
+from datasets import SPLITS, find_data_dir, read_dataset, report
+from early_exit import EXIT_WEIGHTS, ExitSettings, choose_policies, exit_weights
+from errors import InputError, smaller, spare_memory
+from flags import METHODS, SAMPLE_DEFAULTS, encoding, per_task, threshold
+from gradients import COMBINERS
+from methods import positive, positive_int
+from optimizer import OPTIMIZERS, SCHEDULES, parameter_groups
+from runs import check_same_files, command_line, describe_environment, hash_weights, sha256
+from samplers import generator
+from slf import plain
+from tasks import build_tasks, widen
+from tokenizer import BertTokenizer
+from weights import find_weights, pooling_of
+
+# learning rates that train: by optimiser and by what is trained, for a BERT of at most SMALL hidden units and for a
+# larger one. Measured with the small default weights (results/defaults.md); those of the larger BERT are the papers'.
+SMALL = 512
+LEARNING_RATES = {
+    "adamw": {"finetune": (1e-4, 2e-5), "pretrain": (1e-3, 1e-3), "adapter": (2e-3, 3e-4)},
+    "rmsprop": {"finetune": (1e-4, 1e-5), "pretrain": (1e-3, 1e-3), "adapter": (2e-3, 3e-4)},
+    "sgd": {"finetune": (0.3, 1e-2), "pretrain": (1e-1, 1e-1), "adapter": (1e-1, 1e-1)},
+}
+# --max_length: room for the special tokens of any pair encoding and one word; the default if the weights allow it
+SHORTEST, LONGEST = 5, 512
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
+# what --compile uses, and how many variants of a layer it may translate
+COMPILER, TRANSLATIONS = "inductor", 128
+# glibc's names for the sizes from which it gives freed memory back, and the largest sizes that it takes (before 2.35)
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, LARGEST, LARGEST_BEFORE = -1, -3, 2**31 - 1, 2**25
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Where and how precisely the model computes: the device, the autocast context, and fp16's loss scaler."""
+
+    device: torch.device
+    autocast: Callable  # () -> context
+    scaler: torch.amp.GradScaler
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Plain numbers and choices of the loop, as the flags give them."""
+
+    batch_size: int
+    accumulate: int
+    eval_batch_size: int
+    split: str
+    sampler: str
+    all_tasks: bool  # whether every step has a batch of each task
+    task_weights: dict
+    clip: float
+    seed: int
+    schedule: Callable  # finished share of the training -> factor of the learning rate
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Everything that the loop needs."""
+
+    model: nn.Module
+    data: dict  # {task: {split: Dataset}}
+    rows: dict  # {task: the rows of its training file to train on}
+    plan: Callable  # () -> generator of phases
+    terms: dict  # {name: loss term}
+    gradients: object
+    make_optimizer: Callable  # {name: parameter} -> optimizer
+    trainable: frozenset  # names of the parameters that this run may train at all
+    precision: Precision
+    settings: Settings
+    exit_settings: object  # how to leave early at inference, or None
+
+    def dev(self):
+        """{task: dev Dataset}."""
+        return {name: splits["dev"] for name, splits in self.data.items()}
+
+    def inference(self):
+        """Keyword arguments of evaluation.predict."""
+        return {"batch_size": self.settings.eval_batch_size, "precision": self.precision.autocast}
+
+
+# --- the machine --------------------------------------------------------------------------------------------------
+
+
+def choose_device(use_gpu):
+    """The device to train on; prints a warning where a GPU is wanted and there is none."""
+    if use_gpu:
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        if torch.backends.mps.is_available() and not parallel.several():
+            return torch.device("mps")
+        print("warning: --use_gpu, but torch sees no GPU (CUDA or MPS): training on the CPU", file=sys.stderr)
+    return torch.device("cpu")
+
+
+def keep_freed_memory():
+    """Let the C library keep large freed blocks for the next step, where it is glibc (Linux).
+
+    By default glibc returns them to the system, and the next step gets new ones, which the system zeroes page by page
+    at their first use. The gradient of the word embeddings alone, 47 MB, took 76 ms of a step of 600; kept, it takes
+    10 to 36.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt:
+        mallopt(M_TRIM_THRESHOLD, LARGEST)
+        mallopt(M_MMAP_THRESHOLD, LARGEST) or mallopt(M_MMAP_THRESHOLD, LARGEST_BEFORE)
+
+
+def compile_layers(bert, device, backend):
+    """Let torch.compile translate the layers, at the first step and for all batch sizes and lengths above 1.
+
+    Raises: InputError where the translated code for a CPU cannot be compiled.
+    """
+    compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
+    if backend == "inductor" and device.type == "cpu" and not shutil.which(compiler):
+        raise InputError(f"--compile: needs a C++ compiler, and there is no {compiler}: install it, or set CXX")
+    # a translation per task, adapter and frozen part; the layers share them
+    torch._dynamo.config.recompile_limit = TRANSLATIONS
+    for layer in bert.bert_layers:
+        layer.compile(dynamic=True, backend=backend)
+
+
+def make_autocast(name, device):
+    """The autocast context of a precision, as a function that makes it.
+
+    Raises: InputError where the device lacks it.
+    """
+    if name == "fp16" and device.type == "cpu":
+        raise InputError("--precision fp16: a CPU has no fast half precision: use bf16 or fp32, or --use_gpu")
+    if name == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise InputError("--precision bf16: this GPU has no bf16: use fp16 or fp32")
+    if name == "fp32":
+        return nullcontext
+    return partial(torch.autocast, device.type, dtype=PRECISIONS[name])
+
+
+# --- what a run reads ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a training run reads: flags (with their defaults filled in), weights, tasks and data."""
+
+    flags: dict
+    weights: Path
+    tasks: dict
+    data: dict  # {task: {split: Dataset}}
+    data_hashes: dict  # {"task split": sha256}
+    weight_hashes: dict  # {file: sha256}
+
+    def record(self, device):
+        """What config.json holds of them, and of the machine."""
+        return {
+            "flags": self.flags,
+            "command": command_line(),
+            **describe_environment(device),
+            "weights": {"folder": str(self.weights.resolve()), "sha256": self.weight_hashes},
+            "data": self.data_hashes,
+        }
+
+
+def read_inputs(flags, given, config=None):
+    """Read and check weights and data. `config` is that of the run to resume, or None.
+
+    Raises: InputError where they do not fit together, or are not those of the run to resume.
+    """
+    recorded = config and "weights" not in given
+    weights = Path(config["weights"]["folder"]) if recorded else find_weights(flags["weights"])
+    print(f"weights: {weights}")
+    tasks, sizes = build_table(flags), BertConfig.from_json(weights / "config.json")
+    flags = fill_weight_defaults(flags, weights, sizes)
+    check_fits(flags, tasks, sizes, weights)
+    data, files, is_sample = read_data(flags, tasks, BertTokenizer.from_pretrained(weights))
+    if is_sample and not config:
+        flags = fill_sample_defaults(flags, given)
+    data_hashes = {name: sha256(path) for name, path in files.items()}
+    parallel.check_same("flags", {name: flags[name] for name in flags.keys() - {"data_dir", "weights"}})
+    parallel.check_same("data files", data_hashes)
+    weight_hashes = hash_weights(weights)
+    if config:
+        check_same_files(config["data"], data_hashes, files)
+        before = config["weights"]["sha256"]
+        check_same_files(before, weight_hashes, {name: weights / name for name in before | weight_hashes})
+    print("\n".join(report(data)))
+    return Inputs(flags, weights, tasks, data, data_hashes, weight_hashes)
+
+
+def fill_weight_defaults(flags, weights, sizes):
+    """Choose --pooling and --max_length by the weights, where the user did not."""
+    filled = dict(flags)
+    if flags["pooling"] == "auto":
+        filled["pooling"], reason = pooling_of(weights)
+        print(f"pooling: {filled['pooling']} ({reason})")
+    filled["max_length"] = flags["max_length"] or min(LONGEST, sizes.max_position_embeddings)
+    return filled
+
+
+def fill_sample_defaults(flags, given):
+    """Choose what suits the few sentences of data/sample, where the user did not; prints what differs."""
+    changed = {name: value for name, value in SAMPLE_DEFAULTS.items() if flags["slf"] and name not in given}
+    for name, value in changed.items():
+        print(f"sample data: --{name} {value:g} (with the course's data: {flags[name]:g})")
+    return flags | changed
+
+
+def check_fits(flags, tasks, config, weights):
+    """Fail where the weights do not go with the tasks' encodings or with --max_length.
+
+    Raises: InputError.
+    """
+    packed = [task.name for task in tasks.values() if task.encoding != "siamese" and task.is_pair]
+    if packed and config.type_vocab_size < 2:
+        raise InputError(
+            f"--pairs: {weights} has one kind of segment (type_vocab_size 1), {packed[0]} packs two: "
+            f"use --pairs {' '.join(f'{name}=siamese' for name in packed)}"
+        )
+    if not SHORTEST <= flags["max_length"] <= config.max_position_embeddings:
+        raise InputError(
+            f"--max_length {flags['max_length']}: give a length from {SHORTEST} to "
+            f"{config.max_position_embeddings}, the positions of {weights}"
+        )
+
+
+def read_data(flags, tasks, tokenizer):
+    """All datasets of a run: {task: {split: Dataset}}, {"task split": path}, and whether they are the sample."""
+    given = {(name, split): flags[f"{name}_{split}"] for name in tasks for split in SPLITS}
+    wanted = {key: tasks[key[0]].file(key[1]) for key, path in given.items() if not path}
+    folder, is_sample = None, False
+    if wanted:
+        folder, is_sample = find_data_dir(flags["data_dir"], wanted.values(), may_be_sample=len(wanted) == len(given))
+        if is_sample:
+            print(f"data: no course data in data/, so the sample in {folder.parent.name}/sample (./setup.sh --data)")
+    data, files = {name: {} for name in tasks}, {}
+    for (name, split), path in given.items():
+        path = Path(path) if path else folder / wanted[name, split]
+        data[name][split] = read_dataset(tasks[name], path, tokenizer, flags["max_length"], labelled=split != "test")
+        files[f"{name} {split}"] = path
+    return data, files, is_sample
+
+
+def choose_rows(data, counts, seed):
+    """The rows to train on: {task: rows}, all usable ones or `counts[task]` of them, drawn by the seed."""
+    rows = {name: splits["train"].usable for name, splits in data.items()}
+    for name, count in counts.items():
+        chosen = generator(seed, "train_rows", name).permutation(rows[name])[:count]
+        print(f"--train_rows: {len(chosen):,} of {len(rows[name]):,} {name} rows")
+        rows[name] = np.sort(chosen)
+    return rows
+
+
+@torch.no_grad()
+def cache_features(model, dataset, batch_size, precision):
+    """A dataset with the states that the heads of a frozen BERT see, computed once. Shapes: [n,w]."""
+    model.eval()
+    order, states = np.argsort(dataset.lengths(), kind="stable"), []
+    starts, quiet = parallel.deal(range(0, len(order), batch_size)), not parallel.progress_bars()
+    # one context for all batches, because autocast then casts the weights once
+    with spare_memory(smaller("--eval_batch_size", batch_size)), precision.autocast():
+        for start in tqdm(starts, f"features {dataset.path.name}", disable=quiet, leave=False):
+            batch = dataset.batch(order[start : start + batch_size]).to(precision.device)
+            states.append((widen(model(batch).states[model.depth]).cpu(),))
+    states = torch.cat([state for (state,) in parallel.gather_batches(states)])
+    features = torch.empty_like(states)
+    features[torch.from_numpy(order)] = states  # back into the order of the rows
+    return dataset.with_features(features)
+
+
+# --- the slots ----------------------------------------------------------------------------------------------------
+
+
+def needs(flags):
+    """What the methods that are on need, together.
+
+    "exits": an exit after every layer is built. "embeddings": a loss term looks at the embeddings, so that the
+    features of a frozen BERT cannot be cached. "all_tasks": every step has a batch of each task.
+    """
+    return set().union(*(method.needs(flags) for method in METHODS))
+
+
+def build_table(flags):
+    """The run's tasks: {name: Task}."""
+    tasks = build_tasks(flags["tasks"])
+    pairs = per_task(flags["pairs"], "--pairs", [name for name, task in tasks.items() if task.is_pair], encoding)
+    losses = {name: flags.get(f"{name}_loss") for name in tasks}
+    return build_tasks(flags["tasks"], pairs, flags["siamese_features"], losses)
+
+
+def build_adapters(flags, config, task_names, generator):
+    """The module for BERT's adapter slot, or None."""
+    modules = [method.adapters(flags, config, task_names, generator) for method in METHODS]
+    return next((module for module in modules if module is not None), None)
+
+
+def build_trainable(flags, model):
+    """What the run may train at all: the kind of training (a row of LEARNING_RATES) and the parameters' names."""
+    everything = {name for name, _ in model.named_parameters()}
+    if flags["option"] == "pretrain":
+        frozen = {id(parameter) for parameter in model.bert.parameters()}
+        return "pretrain", frozenset(name for name, p in model.named_parameters() if id(p) not in frozen)
+    restricted = [names for method in METHODS if (names := method.trains(flags, model)) is not None]
+    return "adapter" if restricted else "finetune", frozenset(everything.intersection(*restricted))
+
+
+def build_terms(flags, model, terms):
+    """The loss terms: those given, then those of the methods that are on."""
+
+    def noise(purpose):
+        # a generator for each purpose, so that a method does not change the random numbers of the rest
+        return torch.Generator().manual_seed(int(generator(flags["seed"], purpose).integers(2**62)))
+
+    for method in METHODS:
+        terms = terms | method.terms(flags, model, noise)
+    return terms
+
+
+def build_plan(flags, depth):
+    """The training plan, as a function that starts it anew."""
+    has_cycle = "exits" in needs(flags) and flags["exit_loss"] in EXIT_WEIGHTS
+    cycle = exit_weights(flags["exit_loss"], depth) if has_cycle else ({depth: 1.0},)
+    plan = partial(plain, flags["epochs"], cycle, flags["epoch_size"])
+    for method in METHODS:
+        plan = method.plan(flags, depth, plan)
+    return plan
+
+
+def build_exit_settings(flags, tasks):
+    """How the run leaves early at inference, or None."""
+    if not flags["early_exit"]:
+        return None
+    thresholds = per_task(flags["exit_threshold"], "--exit_threshold", list(tasks), threshold)
+    return ExitSettings(choose_policies(tasks, flags["exit_policy"]), dict.fromkeys(tasks) | thresholds)
+
+
+def build_optimizer(flags, kind, model):
+    """The function that makes an optimiser for {name: parameter}."""
+    for_small, for_large = LEARNING_RATES[flags["optimizer"]][kind]
+    learning_rate = flags["lr"] or (for_small if model.bert.config.hidden_size <= SMALL else for_large)
+    rates = {}
+    for method in METHODS:
+        rates |= method.rates(flags, model)
+
+    def make(parameters):
+        groups = parameter_groups(parameters.items(), flags["weight_decay"], rates)
+        optimizer = OPTIMIZERS[flags["optimizer"]](groups, lr=learning_rate)
+        for group in optimizer.param_groups:
+            group["initial_lr"] = learning_rate * group.get("rate", 1.0)
+        return optimizer
+
+    return make
+
+
+def build(flags, model, data, device, terms):
+    """Fill the loop's slots as the flags say. `terms` is {name: loss term} of those that every run has."""
+    if flags["compile"]:
+        compile_layers(model.bert, device, COMPILER)
+    scaler = torch.amp.GradScaler(device.type, enabled=flags["precision"] == "fp16")
+    precision = Precision(device, make_autocast(flags["precision"], device), scaler)
+    rows = choose_rows(data, per_task(flags["train_rows"], "--train_rows", list(data), positive_int), flags["seed"])
+    kind, trainable = build_trainable(flags, model)
+    if kind == "pretrain" and not needs(flags) & {"exits", "embeddings"}:
+        size = flags["eval_batch_size"]
+        data = {
+            name: {split: cache_features(model, dataset, size, precision) for split, dataset in splits.items()}
+            for name, splits in data.items()
+        }
+    all_tasks = flags["step"] == "all_tasks" or "all_tasks" in needs(flags)
+    weights = per_task(flags["task_weights"], "--task_weights", list(data), positive)
+    order = torch.Generator().manual_seed(flags["seed"])
+    return Parts(
+        model=model,
+        data=data,
+        rows=rows,
+        plan=build_plan(flags, model.depth),
+        terms=build_terms(flags, model, terms),
+        gradients=COMBINERS[flags["gradients"]](list(model.parameters()), order),
+        make_optimizer=build_optimizer(flags, kind, model),
+        trainable=trainable,
+        precision=precision,
+        settings=Settings(
+            batch_size=flags["batch_size"],
+            accumulate=flags["accumulate"],
+            eval_batch_size=flags["eval_batch_size"],
+            split=flags["split"],
+            sampler=flags["sampler"],
+            all_tasks=all_tasks,
+            task_weights=dict.fromkeys(data, 1.0) | weights,
+            clip=flags["clip"],
+            seed=flags["seed"],
+            schedule=lambda progress: SCHEDULES[flags["schedule"]](progress, flags["warmup"]),
+        ),
+        exit_settings=build_exit_settings(flags, model.tasks),
+    )
+
+
+def parameter_table(model, trainable):
+    """Lines with the number of parameters and of trainable ones, for each part of the model."""
+    parts = {"embeddings": model.bert, "layers": model.bert.bert_layers, "pooler": model.bert.pooler_dense}
+    parts |= {name: module for name, module in model.named_children() if name not in ("bert", "dropout")}
+    # a parameter belongs to the last part that contains it, so "embeddings" keeps what is in no other part of BERT
+    part_of = {id(p): part for part, module in parts.items() for p in module.parameters()}
+    counts = {}
+    for name, parameter in model.named_parameters():
+        total, trained = counts.get(part_of[id(parameter)], (0, 0))
+        size = parameter.numel()
+        counts[part_of[id(parameter)]] = (total + size, trained + size * (name in trainable))
+    counts["all"] = tuple(map(sum, zip(*counts.values(), strict=True)))
+    return [f"{part:<12}{total:>12,} parameters {trained:>12,} trained" for part, (total, trained) in counts.items()]
