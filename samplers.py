@@ -106,14 +106,13 @@ def drawn(alpha):
     return order
 
 
-SAMPLERS = {
-    "sequential": sequential,
-    "round_robin": round_robin,
-    "random": shuffled,
-    "proportional": drawn(lambda progress: 1.0),
-    "sqrt": drawn(lambda progress: 0.5),
-    "annealed": drawn(lambda progress: 1.0 - 0.8 * progress),
+ALPHAS = {
+    "proportional": lambda progress: 1.0,
+    "sqrt": lambda progress: 0.5,
+    "annealed": lambda progress: 1.0 - 0.8 * progress,
 }
+SAMPLERS = {"sequential": sequential, "round_robin": round_robin, "random": shuffled}
+SAMPLERS |= {name: drawn(alpha) for name, alpha in ALPHAS.items()}
 
 
 def all_tasks_order(steps):

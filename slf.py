@@ -30,9 +30,42 @@ from methods import Method, belongs, positive
 from tasks import chosen_objective
 
 
+# --- what a phase trains: functions of the model that list modules --------------------------------------------------
+
+
 def everything(model):
-    """Train the whole model."""
+    """The whole model."""
     return [model]
+
+
+def earlier_exits(model):
+    """The exits before the last layer, and what decides to leave at them."""
+    return [model.exits, model.lte]
+
+
+@dataclass(frozen=True)
+class LayerAndExit:
+    """Layer i and exit i."""
+
+    i: int
+
+    def __call__(self, model):
+        return model.layer_modules(self.i) + model.exit_modules(self.i)
+
+
+@dataclass(frozen=True)
+class LastLayers:
+    """The last exit (the ordinary heads) and a number of layers below it."""
+
+    layers: int
+
+    def __call__(self, model):
+        lowest = model.depth - self.layers + 1
+        above = [module for i in range(lowest, model.depth + 1) for module in model.layer_modules(i)]
+        return model.exit_modules(model.depth) + above
+
+
+# --- the plans ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -97,12 +130,7 @@ def two_stage(epochs, depth, joint, size=1.0):
     for epoch in range(epochs):
         label = f"stage 2 (other exits), epoch {epoch + 1}/{epochs}"
         is_last = epoch + 1 == epochs
-        yield Phase(label, size, (others,), exits_only, (epoch, epochs), keep=is_last)
-
-
-def exits_only(model):
-    """Train the exits before the last layer, and what decides to leave at them."""
-    return [model.exits, model.lte]
+        yield Phase(label, size, (others,), earlier_exits, (epoch, epochs), keep=is_last)
 
 
 def sequential_layer_focus(depth, layer_epochs, second):
@@ -125,18 +153,13 @@ def sequential_layer_focus(depth, layer_epochs, second):
                 f"stage 1, layer {i}/{depth}{suffix}",
                 layer_epochs / parts,
                 ({i: 1.0},),
-                partial(layer_and_exit, i=i),
+                LayerAndExit(i),
                 (part, parts),
                 keep=False,
                 # the learning to exit is shared by the layers: its loss would only pull at the layer in training
                 without=("lte",),
             )
     yield from second
-
-
-def layer_and_exit(model, i):
-    """Train layer i and exit i."""
-    return model.layer_modules(i) + model.exit_modules(i)
 
 
 def gradual_unfreezing(depth, layer_epochs, second):
@@ -150,16 +173,8 @@ def gradual_unfreezing(depth, layer_epochs, second):
     """
     for layers in range(depth):
         label = f"unfreezing, heads and {layers}/{depth} layers"
-        trainable = partial(last_layers, layers=layers)
-        yield Phase(label, layer_epochs, ({depth: 1.0},), trainable, keep=False, without=("lte",))
+        yield Phase(label, layer_epochs, ({depth: 1.0},), LastLayers(layers), keep=False, without=("lte",))
     yield from second
-
-
-def last_layers(model, layers):
-    """Train the heads and the last few layers."""
-    lowest = model.depth - layers + 1
-    above = [module for i in range(lowest, model.depth + 1) for module in model.layer_modules(i)]
-    return model.exit_modules(model.depth) + above
 
 
 # --- the records --------------------------------------------------------------------------------------------------

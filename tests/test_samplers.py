@@ -3,20 +3,22 @@
 import numpy as np
 import pytest
 
-from samplers import (
-    STS_PARTS,
-    all_tasks_order,
-    endless_rows,
-    epoch_rows,
-    exponent,
-    generator,
-    rows_per_epoch,
-    task_order,
-)
+import samplers
+from samplers import ALPHAS, SAMPLERS, all_tasks_order, endless_rows, generator
+from tasks import TASKS
 
 SIZES = {"sst": 30, "para": 100, "sts": 51}
 COURSE = {"sst": 8544, "para": 141_506, "sts": 6040}
 STEPS = {"sst": 5, "para": 12, "sts": 3}
+STS_PARTS = 17
+
+
+def rows_per_epoch(sizes, split):
+    return samplers.rows_per_epoch(TASKS, sizes, split)
+
+
+def epoch_rows(sizes, split, start, fraction, seed):
+    return samplers.epoch_rows(rows_per_epoch(sizes, split), sizes, start, fraction, seed)
 
 
 # --- rows ---------------------------------------------------------------------------------------------------
@@ -115,7 +117,7 @@ def test_rows_differ_with_seed_and_task_and_not_by_the_call():
 
 
 def order(sampler, seed=0, steps=STEPS, progress=0.0):
-    return task_order(sampler, steps, progress, generator(seed, "order"))
+    return SAMPLERS[sampler](steps, progress, generator(seed, "order"))
 
 
 @pytest.mark.parametrize("sampler", ["sequential", "round_robin", "random"])
@@ -156,9 +158,9 @@ def test_the_sampling_orders_keep_the_steps_and_cycle_batches(sampler):
 
 def test_alphas_by_hand():
     """Five epochs: alpha 1, .8, .6, .4, .2; one epoch has progress 0 and so alpha 1."""
-    assert [exponent("annealed", e / 4) for e in range(5)] == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2])
-    assert exponent("annealed", 0) == exponent("proportional", 0.7) == 1.0
-    assert exponent("sqrt", 0.7) == 0.5
+    assert [ALPHAS["annealed"](e / 4) for e in range(5)] == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2])
+    assert ALPHAS["annealed"](0) == ALPHAS["proportional"](0.7) == 1.0
+    assert ALPHAS["sqrt"](0.7) == 0.5
 
 
 @pytest.mark.parametrize(

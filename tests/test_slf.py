@@ -4,10 +4,23 @@ import re
 
 import pytest
 import torch
-from tiny import make_batch, make_model
+from tiny import make_batch, make_config, make_model
 
+from adapters import build_adapters
 from optimizer import AdamW
-from slf import EVERYTHING, Phase, plain, sequential_layer_focus, smart_alternating, two_stage
+from slf import (
+    LastLayers,
+    LayerAndExit,
+    Phase,
+    earlier_exits,
+    everything,
+    gradual_unfreezing,
+    plain,
+    sequential_layer_focus,
+    smart_alternating,
+    two_stage,
+)
+from tasks import build_tasks
 
 DEPTH = 3
 LAST, JOINT = {3: 1.0}, {1: 1.0, 2: 1.0, 3: 1.0}
@@ -33,6 +46,7 @@ PLANS = {
     "smart_alternating": lambda: smart_alternating(6, DEPTH, JOINT),
     "two_stage": lambda: two_stage(2, DEPTH, JOINT),
     "slf": lambda: sequential_layer_focus(DEPTH, 1.5, plain(2, (JOINT,))),
+    "gradual": lambda: gradual_unfreezing(DEPTH, 0.5, plain(2, (LAST,))),
     "slf + smart_alternating": lambda: sequential_layer_focus(DEPTH, 0.25, smart_alternating(5, DEPTH, JOINT)),
 }
 SCORES = [0.5, 0.4, 0.45, 0.44, 0.43, 0.6, 0.7, 0.7]
@@ -81,21 +95,21 @@ def test_smart_alternating_by_hand(scores, expected):
 def test_smart_alternating_trains_everything_in_one_stretch_and_only_the_loss_changes():
     phases = drive(smart_alternating(4, DEPTH, JOINT), [0.5, 0.4, 0.3, 0.2])
     assert [phase.exit_weights for phase in phases] == [(LAST,), (LAST,), (JOINT,), (LAST,)]
-    assert [phase.stretch for phase in phases] == [(0, 4), (1, 4), (2, 4), (3, 4)]
-    assert all(phase.trainable == EVERYTHING and phase.fraction == 1 and phase.keep for phase in phases)
+    assert [phase.part for phase in phases] == [(0, 4), (1, 4), (2, 4), (3, 4)]
+    assert all(phase.trainable == everything and phase.fraction == 1 and phase.keep for phase in phases)
 
 
 # --- two stages -----------------------------------------------------------------------------------------------------
 
 
 def test_two_stage_by_hand():
-    first = dict(fraction=1.0, exit_weights=(LAST,), trainable=EVERYTHING)
-    second = dict(fraction=1.0, exit_weights=({1: 1.0, 2: 1.0},), trainable=("exits.", "lte."))
+    first = dict(fraction=1.0, exit_weights=(LAST,), trainable=everything)
+    second = dict(fraction=1.0, exit_weights=({1: 1.0, 2: 1.0},), trainable=earlier_exits)
     assert drive(two_stage(2, DEPTH, JOINT), SCORES) == [
-        Phase("stage 1 (last exit), epoch 1/2", stretch=(0, 2), keep=False, **first),
-        Phase("stage 1 (last exit), epoch 2/2", stretch=(1, 2), keep=False, **first),
-        Phase("stage 2 (other exits), epoch 1/2", stretch=(0, 2), keep=False, **second),
-        Phase("stage 2 (other exits), epoch 2/2", stretch=(1, 2), keep=True, **second),
+        Phase("stage 1 (last exit), epoch 1/2", part=(0, 2), keep=False, **first),
+        Phase("stage 1 (last exit), epoch 2/2", part=(1, 2), keep=False, **first),
+        Phase("stage 2 (other exits), epoch 1/2", part=(0, 2), keep=False, **second),
+        Phase("stage 2 (other exits), epoch 2/2", part=(1, 2), keep=True, **second),
     ]
 
 
@@ -109,19 +123,21 @@ def test_slf_with_a_quarter_epoch_per_layer():
             "stage 1, layer 1/2",
             0.25,
             ({1: 1.0},),
-            ("bert.bert_layers.0.", "exits.0.", "adapters.layers.0."),
+            LayerAndExit(1),
             (0, 1),
             False,
+            ("lte",),
         ),
         Phase(
             "stage 1, layer 2/2",
             0.25,
             ({2: 1.0},),
-            ("bert.bert_layers.1.", "bert.pooler_dense.", "heads.", "adapters.layers.1."),
+            LayerAndExit(2),
             (0, 1),
             False,
+            ("lte",),
         ),
-        Phase("epoch 1/1", 1.0, (JOINT,), EVERYTHING, (0, 1), True),
+        Phase("epoch 1/1", 1.0, (JOINT,), everything, (0, 1), True),
     ]
 
 
@@ -132,7 +148,7 @@ def test_slf_splits_a_layers_budget_into_equal_phases_of_at_most_one_epoch(layer
     for i in (1, 2):
         mine = [phase for phase in phases if phase.label.startswith(f"stage 1, layer {i}/2")]
         assert [phase.fraction for phase in mine] == fractions
-        assert [phase.stretch for phase in mine] == [(k, len(fractions)) for k in range(len(fractions))]
+        assert [phase.part for phase in mine] == [(k, len(fractions)) for k in range(len(fractions))]
         assert len({phase.trainable for phase in mine}) == 1 and not any(phase.keep for phase in mine)
 
 
@@ -168,34 +184,59 @@ def belongs(name, i, depth):
     return i == depth and (first == "heads" or name.startswith("bert.pooler_dense."))
 
 
-def test_prefixes_choose_layer_and_exit_by_real_parameter_names():
-    """Twelve layers, so that layer 2 (index 1) must not take layers 11 and 12 (indices 10 and 11) with it."""
+def chosen(model, phase):
+    """Names of the parameters that a phase trains."""
+    modules = phase.trainable(model)
+    wanted = {id(parameter) for module in modules for parameter in module.parameters()}
+    return {name for name, parameter in model.named_parameters() if id(parameter) in wanted}
+
+
+def deep_model(depth, kinds=("before", "pal")):
+    """A model with exits and adapters."""
+    tasks = build_tasks()
+    adapters = build_adapters(make_config(depth), list(tasks), list(kinds), generator=torch.Generator().manual_seed(0))
+    return make_model(tasks, layers=depth, exits=True, adapters=adapters)
+
+
+def test_stage_1_chooses_layer_exit_and_adapters_by_real_parameter_names():
     depth = 12
-    names = [name for name, _ in make_model(layers=depth, exits=True).named_parameters()]
-    names += [f"adapters.layers.{i}.sst.down.weight" for i in range(depth)]
-    names += ["adapters.shared.sst.weight", "lte.sst.weight"]
+    model = deep_model(depth)
+    names = {name for name, _ in model.named_parameters()}
     phases = drive(sequential_layer_focus(depth, 1, plain(1, (JOINT,))), [0.0] * 20)
     for i, phase in enumerate(phases[:depth], start=1):
-        chosen = {name for name in names if name.startswith(phase.trainable)}
-        assert chosen == {name for name in names if belongs(name, i, depth)}
-        assert all(any(name.startswith(prefix) for name in chosen) for prefix in phase.trainable)
-    assert all(name.startswith(phases[-1].trainable) for name in names)
+        assert chosen(model, phase) == {name for name in names if belongs(name, i, depth)}
+    assert chosen(model, phases[-1]) == names
 
 
 def test_two_stage_freezes_all_but_the_other_exits():
-    names = [name for name, _ in make_model(layers=DEPTH, exits=True).named_parameters()] + ["lte.sst.weight"]
+    model = make_model(layers=DEPTH, exits=True)
+    names = {name for name, _ in model.named_parameters()}
     first, *_, last = drive(two_stage(1, DEPTH, JOINT), SCORES)
-    assert all(name.startswith(first.trainable) for name in names)
-    chosen = {name for name in names if name.startswith(last.trainable)}
-    assert {name.split(".")[0] for name in chosen} == {"exits", "lte"}
-    assert chosen == {name for name in names if name.split(".")[0] in ("exits", "lte")}
+    assert chosen(model, first) == names
+    assert {name.split(".")[0] for name in chosen(model, last)} == {"exits", "lte"}
+    assert chosen(model, last) == {name for name in names if name.split(".")[0] in ("exits", "lte")}
+
+
+def test_gradual_unfreezing_adds_a_layer_a_phase_from_the_last_to_the_first():
+    model = deep_model(DEPTH)
+    phases = drive(gradual_unfreezing(DEPTH, 0.5, plain(1, (LAST,))), [0.0] * 9)
+    head = {name for name, _ in model.named_parameters() if name.startswith(("heads.", "bert.pooler_dense."))}
+    assert chosen(model, phases[0]) == head
+    for k, phase in enumerate(phases[:DEPTH]):
+        parts = {name.split(".")[1] + name.split(".")[2] for name in chosen(model, phase) - head}
+        layers = range(DEPTH - k, DEPTH)
+        assert parts == {f"bert_layers{i}" for i in layers} | {f"layers{i}" for i in layers}
+        assert (phase.fraction, phase.exit_weights, phase.keep) == (0.5, (LAST,), False)
+        assert phase.trainable == LastLayers(k)
+    assert phases[DEPTH:] == [Phase("epoch 1/1", 1.0, (LAST,))]
 
 
 def train_phase(model, phase, steps=2):
     """Real steps of a phase over every task: returns the names of the parameters that changed."""
     model.train()
+    trained = chosen(model, phase)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name.startswith(phase.trainable))
+        parameter.requires_grad_(name in trained)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     optimizer = AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
     for step in range(steps):
@@ -203,10 +244,10 @@ def train_phase(model, phase, steps=2):
             batch = make_batch(task, seed=step)
             (exit_weights,) = phase.exit_weights
             logits = model(batch, exits=tuple(exit_weights)).logits
-            sum(w * task.loss(logits[i], batch.labels) for i, w in exit_weights.items()).mean().backward()
+            sum(w * task.objective.loss(logits[i], batch.labels) for i, w in exit_weights.items()).mean().backward()
         optimizer.step()
         with_gradient = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
-        assert with_gradient <= {name for name in before if name.startswith(phase.trainable)}
+        assert with_gradient <= trained
         optimizer.zero_grad(set_to_none=True)
     return {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
 

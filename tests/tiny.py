@@ -15,14 +15,15 @@ import numpy as np
 import pytest
 import torch
 
-import closing
 import multitask_classifier
+import report
 from base_bert import BertConfig
 from bert import BertModel
 from datasets import Batch
+from driver import main
 from errors import InputError, run_script
 from files import write_whole
-from multitask_classifier import MultitaskBERT, main
+from multitask_classifier import MultitaskBERT
 from tasks import build_tasks
 from tokenizer import BertTokenizer
 
@@ -115,7 +116,7 @@ class Program:
 
     def command(self, name, *flags):
         """The command line of a run: the given flags win over the usual ones."""
-        usual = f"--epochs {EPOCHS} --batch_size 8 --lr 0.003 --max_length 40 --weights {self.weights}"
+        usual = f"--epochs {EPOCHS} --batch_size 8 --lr 0.003 --max_length 40 --pooling cls --weights {self.weights}"
         return [*usual.split(), "--data_dir", str(self.data), "--run_dir", str(self.path(name)), *map(str, flags)]
 
     def train(self, name, *flags):
@@ -175,7 +176,7 @@ def weights_of(run):
 def leave_pictures_blank(monkeypatch):
     """Let runs leave empty pictures: to draw them takes longer than to train a tiny model."""
     for name in PICTURES:
-        monkeypatch.setattr(closing, name, lambda path, *_: write_whole(path, b""))
+        monkeypatch.setattr(report, name, lambda path, *_: write_whole(path, b""))
 
 
 def call_at(monkeypatch, owner, name, at, action):

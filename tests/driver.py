@@ -1,0 +1,35 @@
+"""multitask_classifier.py with settings of its Recorder that only tests use.
+
+    --keep_last          keep last.pt when the run is complete
+    --save_minutes M     minutes between two saved states within a phase
+    --steps_per_line N   steps per line of log.jsonl
+
+Tests call `main`; as a program it stands in for multitask_classifier.py where a test needs a process.
+"""
+
+import argparse
+
+import multitask_classifier
+from errors import run_script
+from runs import Recorder
+
+
+def main(argv=None):
+    """Run the program with the Recorder's settings taken out of the command line."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--keep_last", action="store_true")
+    parser.add_argument("--save_minutes", type=float, default=Recorder.save_minutes)
+    parser.add_argument("--steps_per_line", type=int, default=Recorder.steps_per_line)
+    settings, rest = parser.parse_known_args(argv)
+    before = {name: getattr(Recorder, name) for name in vars(settings)}
+    for name, value in vars(settings).items():
+        setattr(Recorder, name, value)
+    try:
+        return multitask_classifier.main(rest)
+    finally:
+        for name, value in before.items():
+            setattr(Recorder, name, value)
+
+
+if __name__ == "__main__":
+    run_script(main)
