@@ -37,9 +37,13 @@ METHODS = [
 PRECISIONS = ("fp32", "bf16", "fp16")
 # defaults for data/sample, whose epochs are much shorter than those of the course's data
 SAMPLE_DEFAULTS = {"slf_epochs": 1.0}
-# flags that --option evaluate may change; it takes all other flags from the run
-EVALUATE_FLAGS = {"use_gpu", "data_dir", "eval_batch_size", "precision", "attention", "early_exit", "exit_policy"}
-EVALUATE_FLAGS |= {"exit_threshold"} | {f"{name}_{split}" for name in TASKS for split in SPLITS}
+# flags that --option evaluate may change, with the files' flags; it takes all other flags from the run
+EVALUATE_FLAGS = {"use_gpu", "data_dir", "eval_batch_size", "precision", "attention", "exit_policy", "exit_threshold"}
+
+
+def file_flags():
+    """The names of the flags that name one CSV file each: sst_train, para_dev, ..."""
+    return {f"{name}_{split}" for name in TASKS for split in SPLITS}
 
 
 # --- values for each task -----------------------------------------------------------------------------------------

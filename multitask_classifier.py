@@ -46,7 +46,7 @@ from building import (
 from datasets import Batch, bucketed_batches
 from early_exit import LTE, Exit, ExitInference
 from evaluation import AtExit, evaluate, fit_threshold, predict
-from flags import EVALUATE_FLAGS, check_flags, parse_flags, recorded_flags, sweep_levels
+from flags import EVALUATE_FLAGS, check_flags, file_flags, parse_flags, recorded_flags, sweep_levels
 from methods import LossTerm
 from optimizer import clip_gradients
 from report import close_run, close_sweep
@@ -474,10 +474,11 @@ def evaluate_run(flags, given):
     """--option evaluate: score a saved run on its dev data, write its predictions beside those of the training."""
     if not flags["run_dir"]:
         raise InputError("--option evaluate: which run? give --run_dir")
-    for name in given - EVALUATE_FLAGS - {"option", "run_dir"}:
+    free = EVALUATE_FLAGS | file_flags()
+    for name in given - free - {"option", "run_dir", "early_exit"}:
         raise InputError(f"--{name}: belongs to training; --option evaluate takes it from the run")
     device, levels = choose_device(flags["use_gpu"]), sweep_levels(flags["exit_threshold"])
-    changes = {name: flags[name] for name in given & EVALUATE_FLAGS - {"early_exit"}}
+    changes = {name: flags[name] for name in given & free}
     if levels:
         changes["exit_threshold"] = ["auto"]
     run = load_run(flags["run_dir"], device, changes)

@@ -8,6 +8,11 @@ Tests call `main`; as a program it stands in for multitask_classifier.py where a
 """
 
 import argparse
+import sys
+from pathlib import Path
+
+# as a program: Python puts only this folder on the path
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import multitask_classifier
 from errors import run_script

@@ -2,6 +2,7 @@
 
 from contextlib import nullcontext
 from copy import deepcopy
+from dataclasses import replace
 from itertools import combinations
 
 import pytest
@@ -11,7 +12,8 @@ from tiny import weights_of
 from bert import BertModel
 from errors import InputError
 from flags import check_flags, parse_flags
-from multitask_classifier import build, build_model, phase_steps, read_data, set_trainable, task_table, train_step
+from building import build, build_table, read_data
+from multitask_classifier import TaskLoss, make_model, phase_steps, set_trainable, train_step
 from tokenizer import BertTokenizer
 
 EXTENSIONS = {
@@ -24,8 +26,13 @@ EXTENSIONS = {
     "smart": "--smart",
     "smart para": "--smart para",
     "gaussian": "--smart --smart_form gaussian",
-    "bregman": "--bregman 1",
-    "lnsr": "--lnsr 1",
+    "bregman": "--bregman",
+    "bregman sst": "--bregman sst",
+    "lnsr": "--lnsr",
+    "layer decay": "--layer_decay 0.5",
+    "gradual unfreezing": "--gradual_unfreezing 0.5",
+    "distilled exits": "--early_exit --exit_loss distilled",
+    "lora": "--adapter lora",
     "embed_concat": "--pairs embed_concat",
     "siamese": "--pairs para=siamese sts=siamese",
     "cosine": "--pairs siamese --para_loss cosine --sts_loss cosine",
@@ -57,35 +64,33 @@ def start(program):
 
 def make_parts(program, start, text):
     """The parts of a run with the given flags; every task has its turn soon, since random order is round robin."""
-    usual = f"--epochs 1 --batch_size 4 --lr 0.003 --max_length 40 --split full --data_dir {program.data}"
+    usual = f"--epochs 1 --batch_size 4 --lr 0.003 --max_length 40 --pooling cls --split full --data_dir {program.data}"
     flags, given, _ = parse_flags([*usual.split(), *text.split()])
     check_flags(flags, given)
     flags["sampler"] = "round_robin"
     torch.manual_seed(0)
-    tasks = task_table(flags)
+    tasks = build_table(flags)
     tokenizer, bert, cache = start
     key = (tuple(tasks), tuple(task.encoding for task in tasks.values()), flags["para_loss"], flags["sts_loss"])
     if key not in cache:
         cache[key] = read_data(flags, tasks, tokenizer)[0]
     data = cache[key]
-    return build(flags, build_model(flags, tasks, deepcopy(bert)), data, torch.device("cpu"))
+    model = make_model(flags, tasks, deepcopy(bert))
+    return build(flags, model, data, torch.device("cpu"), {"loss": TaskLoss()})
 
 
 def first_steps(program, start, text, steps=2):
     """Weights and losses after the first steps of a run with the given flags."""
     parts = make_parts(program, start, text)
     model, phase, terms = parts.model, next(parts.plan()), []
-    optimizer = parts.make_optimizer(set_trainable(model, phase, parts.may_train))
+    optimizer = parts.make_optimizer(set_trainable(model, phase, parts.trainable))
     model.train()
+    counted = {name: term for name, term in parts.terms.items() if name not in phase.without}
     for step in phase_steps(parts, phase, 0.0)[:steps]:
-        results, _ = train_step(parts, optimizer, step, 1.0)
+        results, _ = train_step(parts, optimizer, counted, step, 1.0)
         terms += [value for _, _, values in results for value in values.values()]
         for term in parts.terms.values():
-            if hasattr(term, "after_step"):
-                term.after_step(model, 0.0)
-    for splits in parts.data.values():
-        for dataset in splits.values():
-            dataset.features = None
+            term.after_step(model, 0.0)
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}, torch.stack(terms)
 
 
@@ -94,7 +99,7 @@ def baseline(program, start):
     return first_steps(program, start, "", steps=3)[0]
 
 
-@pytest.mark.parametrize("text", ["--smart --smart_weight 0", "--bregman 0", "--lnsr 0", "--adapter none"])
+@pytest.mark.parametrize("text", ["--smart --smart_weight 0", "--bregman --bregman_weight 0", "--lnsr --lnsr_weight 0", "--adapter none", "--layer_decay 1"])
 def test_off_is_off(program, start, baseline, text):
     weights, _ = first_steps(program, start, text, steps=3)
     assert weights.keys() == baseline.keys()
@@ -127,7 +132,7 @@ def test_every_extension_does_something_of_its_own(extended):
 def test_alternating_exits_reach_every_task_in_turn_whatever_the_order_of_tasks(program, start, order):
     """Taken by the steps of all tasks, an even number of tasks in turn would give each the same exits for ever."""
     parts = make_parts(program, start, "--tasks para sts --early_exit --exit_loss alternating")
-    parts.sampler = order
+    parts = replace(parts, settings=replace(parts.settings, sampler=order))
     met = {name: [] for name in parts.data}
     for step in phase_steps(parts, next(parts.plan()), 0.0):
         for name, _, weights in step:
@@ -160,8 +165,10 @@ WAITLESS = [
     "--early_exit --pooling mean",
     "--slf --pairs siamese --sts_loss cosine",
     "--smart --smart_form gaussian",
-    "--bregman 1",
-    "--lnsr 1 --adapter houlsby",
+    "--bregman",
+    "--lnsr --adapter houlsby lhuc",
+    "--adapter lora --layer_decay 0.9",
+    "--early_exit --exit_loss distilled",
     "--accumulate 2 --step all_tasks",
 ]
 
@@ -172,22 +179,22 @@ def test_a_training_step_never_waits_for_the_device(program, start, text, monkey
     # which does not know the meta device; in float32 it is off anyway
     monkeypatch.setattr(torch, "autocast", lambda *how, **kw: nullcontext())
     flags, given, _ = parse_flags(
-        ["--batch_size", "2", "--max_length", "40", "--data_dir", str(program.data), *text.split()]
+        ["--batch_size", "2", "--max_length", "40", "--pooling", "cls", "--data_dir", str(program.data), *text.split()]
     )
     check_flags(flags, given)
     tokenizer, bert, _ = start
-    tasks, device = task_table(flags), torch.device("meta")
+    tasks, device = build_table(flags), torch.device("meta")
     data = read_data(flags, tasks, tokenizer)[0]
-    parts = build(flags, build_model(flags, tasks, deepcopy(bert)).to(device), data, device)
+    model = make_model(flags, tasks, deepcopy(bert)).to(device)
+    parts = build(flags, model, data, device, {"loss": TaskLoss()})
     assert parts.model.thresholds.device.type == "cpu"
     phase = next(parts.plan())
-    parameters = set_trainable(parts.model, phase, parts.may_train)
+    parameters = set_trainable(parts.model, phase, parts.trainable)
     optimizer = parts.make_optimizer(parameters)
     for step in phase_steps(parts, phase, 0.0)[:3]:
-        results, _ = train_step(parts, optimizer, step, 1.0)
+        results, _ = train_step(parts, optimizer, parts.terms, step, 1.0)
         for term in parts.terms.values():
-            if hasattr(term, "after_step"):
-                term.after_step(parts.model, 0.0)
+            term.after_step(parts.model, 0.0)
         assert all(value.is_meta for _, _, values in results for value in values.values())
     assert len(optimizer.state) > 0
 
@@ -215,8 +222,8 @@ def test_every_pair_that_is_not_refused_trains(program, start, pair):
 
 
 EVERYTHING = (
-    "--slf --slf_epochs 0.5 --smart_alternating --early_exit --smart --bregman 1 --gradients pcgrad "
-    "--save_every 0.00005 --keep_last"
+    "--slf --slf_epochs 0.5 --smart_alternating --early_exit --smart --bregman --gradients pcgrad "
+    "--save_minutes 0.00005 --keep_last"
 )
 
 

@@ -34,10 +34,10 @@ from tiny import (
 import multitask_classifier
 import parallel
 from datasets import Dataset, read_dataset
+from driver import main
 from early_exit import ExitInference
 from errors import run_script
 from evaluation import evaluate, predict, predict_exits
-from multitask_classifier import main
 from tasks import build_tasks
 
 ROOT = Path(__file__).parents[1]
@@ -49,16 +49,16 @@ CASES = {
     "plain": "--epoch_size 1",
     "accumulate": "--accumulate 2",
     "slf": "--slf --slf_epochs 0.5",
-    "slf cache": "--slf --slf_epochs 0.5 --slf_cache",
+    "gradual": "--gradual_unfreezing 0.5 --layer_decay 0.8",
     "smart alternating": "--smart_alternating --epochs 4 --epoch_size 0.3",
     "early exit": "--early_exit --exit_loss alternating --epoch_size 1",
     "smart": "--smart --smart_weight 5",
     "smart siamese": "--smart sts --pairs siamese --early_exit",
     "gaussian": "--smart --smart_form gaussian",
-    "lnsr": "--lnsr 1 --pairs embed_concat",
-    "bregman": "--bregman 5 --optimizer sgd --lr 0.1",
+    "lnsr": "--lnsr --pairs embed_concat",
+    "bregman": "--bregman --bregman_weight 5 --optimizer sgd --lr 0.1",
     "pcgrad": "--gradients pcgrad --adapter pal --train_backbone",
-    "gradvac": "--gradients gradvac --lnsr 1 --clip 0.1",
+    "gradvac": "--gradients gradvac --lnsr --clip 0.1",
     "cosine": "--pairs siamese --para_loss cosine --step all_tasks",
     "pretrain": "--option pretrain",
 }
@@ -70,12 +70,12 @@ WITHOUT = {
     "lnsr": "--pairs embed_concat",
     "bregman": "--optimizer sgd --lr 0.1",
     "pcgrad": "--adapter pal --train_backbone",
-    "gradvac": "--lnsr 1 --clip 0.1",
+    "gradvac": "--lnsr --clip 0.1",
     "cosine": "--pairs siamese --step all_tasks",
 }
 # with a closing evaluation; the others stop after the last phase
 CLOSED = ("plain", "smart siamese")
-DROPOUT = ("--save_every", "0.00005", "--keep_last", "--epochs", 2)
+DROPOUT = ("--save_minutes", "0.00005", "--keep_last", "--epochs", 2)
 
 
 class Equal(Program):
@@ -88,7 +88,7 @@ class Equal(Program):
 
     def run(self, name, size, flags):
         """Train in this process, one of `size`."""
-        usual = ("--epochs", 1, "--epoch_size", 0.5, "--hidden_dropout_prob", 0, "--keep_last", "--log_every", 2)
+        usual = ("--epochs", 1, "--epoch_size", 0.5, "--hidden_dropout_prob", 0, "--keep_last", "--steps_per_line", 2)
         usual += ("--batch_size", TOGETHER // size)
         torch.set_default_dtype(torch.float64)
         try:
@@ -119,7 +119,7 @@ def evaluate_everything(program):
     found = {name: predict_exits(model, data, batch_size=7) for name, data in dev.items()}
     # half of the rows leave after layer 1
     thresholds = {name: float(np.median(exits.lte[:, 0])) for name, exits in found.items()}
-    left, _ = evaluate(model, dev, batch_size=2, infer=ExitInference(dict.fromkeys(tasks, "lte"), thresholds, 2))
+    left, _ = evaluate(model, dev, batch_size=2, infer=ExitInference(dict.fromkeys(tasks, "lte"), thresholds))
     # fewer batches than processes
     few = predict(model, dev["sst"], np.array([3, 1]), batch_size=2)
     arrays = [few.outputs] + [x for name in tasks for x in (predictions[name].outputs, found[name].values)]
@@ -164,10 +164,10 @@ def interrupted_run(program, size, rank):
     with pytest.MonkeyPatch.context() as patch:
         if rank == size - 1:
             call_at(patch, multitask_classifier, "train_step", 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        statuses = [main(program.with_dropout("interrupted", size, "--save_every", 10))]
+        statuses = [main(program.with_dropout("interrupted", size, "--save_minutes", 10))]
     dist.barrier()  # process 0 has saved
     statuses.append(state_of(program.path("interrupted"))["progress"]["total_steps"])
-    return [*statuses, main(program.with_dropout("interrupted", size, "--save_every", 10, "--resume")) or 0]
+    return [*statuses, main(program.with_dropout("interrupted", size, "--save_minutes", 10, "--resume")) or 0]
 
 
 def work(program, rank, size):
@@ -385,7 +385,7 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step_and_they_resume(p
 def torchrun(program, *flags):
     """The command as a user gives it, for two processes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    return [*command, str(ROOT / "multitask_classifier.py"), *program.with_dropout("torchrun", 2, *flags)]
+    return [*command, str(ROOT / "tests" / "driver.py"), *program.with_dropout("torchrun", 2, *flags)]
 
 
 def children(process):
