@@ -84,7 +84,7 @@ class MultitaskBERT(nn.Module):
     def __init__(self, bert, tasks, hidden_dropout_prob=0.3, pooling="cls", exits=False, adapters=None, init=None):
         super().__init__()
         self.bert, self.tasks, self.pooling = bert, tasks, pooling
-        self.depth = bert.config.num_hidden_layers
+        self.depth = bert.config.num_hidden_layers  # L
         self.dropout = Dropout(hidden_dropout_prob)
         self.heads = self.make_heads(init)
         # the last layer's exit is the ordinary pooler and heads
@@ -106,7 +106,7 @@ class MultitaskBERT(nn.Module):
         heads = nn.ModuleDict({name: task.objective.make_head(self.width(task)) for name, task in self.tasks.items()})
         for name, head in heads.items():
             for parameter in head.parameters():
-                if parameter.dim() > 1:
+                if parameter.dim() > 1:  # a weight matrix [o,w]; else a bias [o]
                     nn.init.normal_(parameter, 0.0, self.bert.config.initializer_range, generator=init)
                 else:
                     nn.init.constant_(parameter, self.tasks[name].objective.start)
@@ -225,7 +225,7 @@ def predict_texts(model, name, *segments):
     else:
         # segment ids: 1 for the second text of embed_concat, 0 otherwise
         second = int(task.encoding == "embed_concat")
-        packed = [(i, mask, torch.full_like(i, k * second)) for k, (i, mask) in enumerate(segments)]
+        packed = [(i, mask, torch.full_like(i, k * second)) for k, (i, mask) in enumerate(segments)]  # [b,s] each
     batch = Batch(task, task.encoding, tuple(packed), None, tuple(range(len(ids))))
     return model(batch).logits[model.depth]
 
@@ -242,6 +242,7 @@ class TaskLoss(LossTerm):
 
 def set_trainable(model, phase, allowed):
     """Let only this phase's parameters have gradients, of those that the run may train. Returns {name: parameter}."""
+    # compared by identity, since a parameter has no name of its own
     chosen = {id(parameter) for module in phase.trainable(model) for parameter in module.parameters()}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in allowed and id(parameter) in chosen)
@@ -262,6 +263,7 @@ def phase_steps(parts, phase, position):
         rows, rng = parts.rows[name][chosen], generator(settings.seed, "batches", name, position)
         size = settings.batch_size * parallel.world_size()
         lengths = parts.data[name]["train"].lengths()[rows]
+        # the rows of one optimiser step each, of similar length, in random order
         groups = [rows[group] for group in bucketed_batches(lengths, size * settings.accumulate, rng)]
         batches[name] = [[group[i : i + size] for i in range(0, len(group), size)] for group in groups]
     counts, (k, n) = {name: len(groups) for name, groups in batches.items()}, phase.part
@@ -270,6 +272,7 @@ def phase_steps(parts, phase, position):
     else:
         rng = generator(settings.seed, "order", position)
         order = [[pair] for pair in SAMPLERS[settings.sampler](counts, k / max(1, n - 1), rng)]
+    # e.g. alternating exits: batches 0, 2, 4 of a task train the last exit, batches 1, 3, 5 all exits
     cycle = phase.exit_weights
     return [[(name, batches[name][b], cycle[b % len(cycle)]) for name, b in step] for step in order]
 
@@ -290,7 +293,7 @@ def train_step(parts, optimizer, terms, step, multiplier):
             batch = parts.data[name]["train"].batch(rows, positions).to(precision.device)
             with precision.autocast():
                 outputs = parts.model(batch, exits=tuple(exits))
-            # each term: [b], one number per example
+            # each term is [b], one number per example
             values = {key: weight * term(parts.model, batch, outputs, exits) for key, term in terms.items()}
             loss = parts.settings.task_weights[name] * sum(values.values()).sum() / examples
             parts.gradients.add(name, precision.scaler.scale(loss))
@@ -298,7 +301,8 @@ def train_step(parts, optimizer, terms, step, multiplier):
     # the gradients of all tasks and processes become one, in the parameters' .grad
     parts.gradients.combine()
     for group in optimizer.param_groups:
-        group["lr"] = group["initial_lr"] * multiplier
+        group["lr"] = group["initial_lr"] * multiplier  # warm-up and decay
+    # fp16 only: the loss was scaled up so that small gradients do not vanish; otherwise these calls do nothing
     precision.scaler.unscale_(optimizer)
     if parts.settings.clip:
         clip_gradients([p for group in optimizer.param_groups for p in group["params"]], parts.settings.clip)
@@ -341,7 +345,7 @@ def train(parts, recorder):
     phase = next(plan)
     for norm in recorder.progress.scores:  # the phases that a resumed run has finished
         phase = send(plan, norm)
-    optimizer = trained = None
+    optimizer = trained = None  # made anew whenever other parameters train
     while phase is not None:
         parameters = set_trainable(parts.model, phase, parts.trainable)
         # the optimiser's state lives as long as the same parameters train
@@ -367,6 +371,7 @@ def train(parts, recorder):
 
 def make_model(flags, tasks, bert):
     """The model of a run around a BERT; new parts are drawn from the seed."""
+    # a generator of its own: switching a method on does not change what the heads are drawn from
     init = torch.Generator().manual_seed(flags["seed"])
     adapters = build_adapters(flags, bert.config, list(tasks), init)
     dropout, exits = flags["hidden_dropout_prob"], "exits" in needs(flags)

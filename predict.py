@@ -43,6 +43,7 @@ def make_parser():
 
 def collect(task, rows, tokenizer, max_length):
     """A dataset of texts without labels, one tuple of texts per row."""
+    # the dataset of a file without labels, made of texts instead: a label that is missing is NaN
     dataset = Dataset(task, None, tokenizer, max_length)
     for number, texts in enumerate(rows, start=1):
         dataset.add(str(number), [text.strip() for text in texts], math.nan)
@@ -61,12 +62,14 @@ def read_lines(task, stream):
     rows = []
     for number, raw in enumerate(stream, start=1):
         where = f"standard input: line {number}"
+        # the bytes are decoded line by line, so that the message can name the line
         try:
             line = raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
         except UnicodeDecodeError as error:
             value = raw[error.start : error.start + 1]
             raise InputError(f"{where}: byte {value!r} is not UTF-8: convert the text to UTF-8") from None
         texts = line.split("\t") if task.is_pair else [line]
+        # a blank line keeps its place, so that predictions and lines stay side by side
         if not line.strip():
             texts = [""] * len(task.columns)
         if len(texts) != len(task.columns):
@@ -86,9 +89,11 @@ def read_texts(args, task, tokenizer, max_length):
     if args.texts:
         check_count(task, args.texts, "TEXT")
         for text in args.texts:
+            # Python passes bytes that are not UTF-8 in an argument on as lone surrogates
             if any("\ud800" <= character <= "\udfff" for character in text):
                 raise InputError(f"TEXT {text!r}: is not UTF-8: convert it to UTF-8")
         return collect(task, [args.texts], tokenizer, max_length)
+    # a person at a terminal would otherwise wait for a prompt
     if sys.stdin.isatty():
         print("one text per line (two, separated by a tab, for a pair); end with Ctrl-D", file=sys.stderr)
     return collect(task, read_lines(task, sys.stdin.buffer), tokenizer, max_length)
@@ -118,6 +123,7 @@ def main(argv=None):
         raise InputError(f"--out {args.out}: exists already: remove it, or choose another name")
     device = choose_device(args.use_gpu)
     changes = {name: value for name in ("precision", "eval_batch_size") if (value := getattr(args, name))}
+    # model, tokenizer and exit policy of the run; --precision and --eval_batch_size do not change what it predicts
     run = multitask_classifier.load_run(args.run, device, changes)
     tasks, flags = run.model.tasks, run.flags
     if args.task not in tasks:
@@ -128,7 +134,7 @@ def main(argv=None):
     predictions = predict(
         run.model,
         data,
-        infer=run.infer,
+        infer=run.infer,  # leaves early where the run was trained to
         batch_size=flags["eval_batch_size"],
         precision=make_autocast(flags["precision"], device),
         progress=sys.stderr.isatty(),

@@ -50,6 +50,7 @@ class LayerAndExit:
     i: int
 
     def __call__(self, model):
+        # the layer with its adapters, the exit with its pooler and heads
         return model.layer_modules(self.i) + model.exit_modules(self.i)
 
 
@@ -60,6 +61,7 @@ class LastLayers:
     layers: int
 
     def __call__(self, model):
+        # layers are numbered 1..L, so the last one alone starts at L
         lowest = model.depth - self.layers + 1
         above = [module for i in range(lowest, model.depth + 1) for module in model.layer_modules(i)]
         return model.exit_modules(model.depth) + above
@@ -88,6 +90,7 @@ class Phase:
 def plain(epochs, exit_weights, size=1.0):
     """Train everything for a number of phases of `size` epochs each."""
     for epoch in range(epochs):
+        # all epochs share one optimiser and one schedule: epoch k is part k of them
         yield Phase(f"epoch {epoch + 1}/{epochs}", size, exit_weights, part=(epoch, epochs))
 
 
@@ -107,7 +110,9 @@ def smart_alternating(epochs, depth, joint, size=1.0):
     stage, previous = "A", -math.inf
     for epoch in range(epochs):
         label = f"epoch {epoch + 1}/{epochs}, {titles[stage]}"
+        # the loop sends the full-depth norm of this epoch
         score = yield Phase(label, size, (weights[stage],), part=(epoch, epochs))
+        # `not ... >` and not `<=`: a NaN counts as no improvement
         if not score > previous:
             stage = "B" if stage == "A" else "A"
         previous = score
@@ -123,10 +128,12 @@ def two_stage(epochs, depth, joint, size=1.0):
     Source: DeeBERT (Xin et al., 2020), fine-tuning.
     """
     others = {i: weight for i, weight in joint.items() if i != depth}
+    # stage 1: the exits before the last are untrained, so no model may be kept
     for epoch in range(epochs):
         yield Phase(
             f"stage 1 (last exit), epoch {epoch + 1}/{epochs}", size, ({depth: 1.0},), part=(epoch, epochs), keep=False
         )
+    # stage 2: a new optimiser, since other parameters train; a schedule of its own
     for epoch in range(epochs):
         label = f"stage 2 (other exits), epoch {epoch + 1}/{epochs}"
         is_last = epoch + 1 == epochs
@@ -145,6 +152,7 @@ def sequential_layer_focus(depth, layer_epochs, second):
     Source: BERTer 3.3, Sequential Layer Focus.
     Differs: the paper does not say how long stage 1 takes (here: a budget for each layer), nor when shared parts train.
     """
+    # equal parts of at most one epoch each, so that the dev set is scored at least once an epoch
     parts = math.ceil(layer_epochs)
     for i in range(1, depth + 1):
         for part in range(parts):
@@ -152,10 +160,10 @@ def sequential_layer_focus(depth, layer_epochs, second):
             yield Phase(
                 f"stage 1, layer {i}/{depth}{suffix}",
                 layer_epochs / parts,
-                ({i: 1.0},),
+                ({i: 1.0},),  # L_i alone: the forward pass stops after layer i
                 LayerAndExit(i),
                 (part, parts),
-                keep=False,
+                keep=False,  # the layers above are untrained
                 # the learning to exit is shared by the layers: its loss would only pull at the layer in training
                 without=("lte",),
             )
@@ -171,6 +179,7 @@ def gradual_unfreezing(depth, layer_epochs, second):
     Differs: the paper unfreezes the last layer together with the head; here the head trains alone first, because it
         is new and the layer is pretrained.
     """
+    # 0 layers: the heads alone. With all L layers everything may train, so that is left to `second`.
     for layers in range(depth):
         label = f"unfreezing, heads and {layers}/{depth} layers"
         yield Phase(label, layer_epochs, ({depth: 1.0},), LastLayers(layers), keep=False, without=("lte",))
@@ -220,6 +229,7 @@ def build_alternating(flags, depth, plan):
     """Replace the plan where --smart_alternating asks for it."""
     if not flags["smart_alternating"]:
         return plan
+    # stage B weighs the exits as --exit_loss says: joint or weighted
     joint = exit_weights(flags["exit_loss"], depth)[-1]
     return partial(smart_alternating, flags["epochs"], depth, joint, flags["epoch_size"])
 

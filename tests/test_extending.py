@@ -1,0 +1,137 @@
+"""What METHODS.md promises: a method, a task, a plan, an adapter and a sampler from a file outside take part in a run."""
+
+import json
+import re
+import sys
+import types
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import log_of, make_batch, make_model, read_csv, weights_of
+from torch import nn
+
+import adapters
+import flags
+import predict
+import samplers
+import tasks
+from driver import main
+from methods import Method
+from slf import Phase
+
+PAGE = (Path(__file__).parents[1] / "METHODS.md").read_text()
+RDROP_CODE, TASK_CODE = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)[:2]
+LABELS = ("entailment", "neutral", "contradiction")
+
+
+def module_of(code, name):
+    """A module made of the page's code."""
+    module = types.ModuleType(name)
+    exec(compile(code, name, "exec"), module.__dict__)
+    return module
+
+
+class Scale(nn.Module):
+    """An adapter that multiplies every unit by a learned number."""
+
+    def __init__(self, d):
+        super().__init__()
+        self.factor = nn.Parameter(torch.ones(d))
+
+    def forward(self, output, layer_input, extended_mask):
+        return output * self.factor
+
+
+def last_exit_then_all(depth, epochs):
+    """A plan: the last exit alone, then every exit."""
+    for epoch in range(epochs):
+        yield Phase(
+            f"own {epoch + 1}", 1.0, ({depth: 1.0},) if epoch == 0 else (dict.fromkeys(range(1, depth + 1), 1.0),)
+        )
+
+
+OWN_PLAN = Method(
+    title="own plan",
+    add_flags=lambda group: group.add_argument("--own_plan", action="store_true", help="the last exit, then all"),
+    needs=lambda flags: {"exits"} if flags["own_plan"] else set(),
+    plan=lambda flags, depth, plan: partial(last_exit_then_all, depth, flags["epochs"]) if flags["own_plan"] else plan,
+)
+
+
+@pytest.fixture
+def registered(monkeypatch):
+    """The five of them, known to the program for one test."""
+    rdrop = module_of(RDROP_CODE, "rdrop")
+    monkeypatch.setattr(flags, "METHODS", flags.METHODS)
+    added = [rdrop.RDROP, OWN_PLAN]
+    flags.METHODS.extend(added)
+    monkeypatch.setitem(
+        samplers.SAMPLERS, "reversed", lambda steps, progress, rng: samplers.sequential(steps, progress, rng)[::-1]
+    )
+    monkeypatch.setitem(
+        adapters.KINDS, "scale", adapters.Kind(("output",), lambda config, size, generator: Scale(config.hidden_size))
+    )
+    monkeypatch.setattr(tasks, "TASKS", tasks.TASKS)
+    module_of(TASK_CODE, "nli")
+    yield rdrop
+    del tasks.TASKS["nli"]
+    for method in added:
+        flags.METHODS.remove(method)
+
+
+def write_entailment(folder):
+    """Three files of a three-class pair task, made of the sample's pairs."""
+    pairs = read_csv(folder / "sts-train.csv", "\t")
+    for split, count in (("train", 18), ("dev", 9), ("test-student", 6)):
+        lines = ["\tid\tsentence1\tsentence2" + "\tlabel" * (split != "test-student")]
+        for k, pair in enumerate(pairs[:count]):
+            label = "" if split == "test-student" else f"\t{k % 3}"
+            lines.append(f"{k}\t{split}{k}\t{pair['sentence1']}\t{pair['sentence2']}{label}")
+        (folder / f"nli-{split}.csv").write_text("\n".join(lines) + "\n")
+
+
+def test_a_file_outside_adds_a_method_a_task_a_plan_an_adapter_and_a_sampler(program, registered, draw, capsys):
+    write_entailment(program.data)
+    own = ("--tasks", "sst", "nli", "--rdrop", 2, "--own_plan", "--sampler", "reversed", "--adapter", "scale")
+    own += ("--early_exit", "--train_backbone", "--pairs", "nli=siamese", "--keep_last")
+    run = program.train("outside", *own)
+    phases = [line for line in log_of(run) if line["kind"] == "phase"]
+    assert [line["phase"] for line in phases] == ["own 1", "own 2"]
+    steps = [line for line in log_of(run) if line["kind"] == "step"]
+    assert all(line["terms"]["nli"]["rdrop"] > 0 for line in steps)
+    changed = {name for name, tensor in weights_of(run).items() if ".scale." in name and not torch.all(tensor == 1)}
+    assert len(changed) == 2 * 2  # two layers, two tasks
+    summary = json.loads((run / "summary.json").read_text())
+    nli = summary["best"]["tasks"]["nli"]
+    assert len(nli["predicted_shares"]) == 3 and set(summary["exits"]["thresholds"]) == {"sst", "nli"}
+    for name in ("confusion-nli.png", "exits.png", "layer-scores.png"):
+        assert (run / name).read_bytes().startswith(b"\x89PNG")
+    assert {row["label"] for row in read_csv(run / "predictions" / "nli-test-readable.csv")} <= set(LABELS)
+    assert not main(["--option", "evaluate", "--run_dir", str(run), "--nli_dev", str(program.data / "nli-dev.csv")])
+    capsys.readouterr()
+    assert not predict.main([str(run), "nli", "the film is good", "the film is bad"])
+    assert capsys.readouterr().out.split("\t")[0] in LABELS
+
+
+def test_r_drop_vanishes_without_dropout_and_is_off_by_default(program, registered):
+    term, model = registered.RDrop(2.0), make_model(dropout=0.0).train()
+    batch = make_batch(model.tasks["sst"])
+    assert torch.equal(term(model, batch, model(batch), {3: 1.0}), torch.zeros(4, dtype=torch.float64))
+    model = make_model(dropout=0.3).train()
+    assert (term(model, batch, model(batch), {3: 1.0}) > 0).all()
+    with_record = weights_of(program.train_quickly("rdrop-off", "--epochs", 1))
+    for method in [method for method in flags.METHODS if method.title in ("R-Drop", "own plan")]:
+        flags.METHODS.remove(method)
+    without = weights_of(program.train_quickly("rdrop-absent", "--epochs", 1))
+    flags.METHODS.extend([registered.RDROP, OWN_PLAN])
+    assert all(torch.equal(with_record[name], tensor) for name, tensor in without.items())
+
+
+def test_the_page_names_only_what_is_there():
+    """The table's files, and the names in code spans that a reader would look for."""
+    for name, attribute in re.findall(r"`(\w+)\.([A-Z_]+)`", PAGE):
+        if name != "rdrop":
+            __import__(name)
+            assert hasattr(sys.modules[name], attribute), f"{name}.{attribute}"
