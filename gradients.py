@@ -1,28 +1,28 @@
-"""How the tasks' gradients become one update: sum, PCGrad, GradVac. Read first: nothing.
+"""Combine the tasks' gradients into one update: sum, PCGrad, GradVac.
 
 Tasks that share a BERT pull its parameters in different directions. With g_i the gradient of task i, two tasks
-conflict where cos(g_i, g_j) = g_i.g_j / (|g_i| |g_j|) < 0: their sum then undoes part of what each asks for.
+conflict if cos(g_i, g_j) = g_i.g_j / (|g_i| |g_j|) < 0, because each of them then undoes a part of the other's step.
 
     Sum      g = sum_i g_i
-    PCGrad   g_i loses its component against g_j:  if g_i.g_j < 0:  g_i <- g_i - (g_i.g_j / |g_j|^2) g_j
-    GradVac  g_i is turned until its cosine with g_j reaches a target phi_ij, a moving average of past cosines:
+    PCGrad   remove from g_i its component against g_j:
+             if g_i.g_j < 0:  g_i <- g_i - (g_i.g_j / |g_j|^2) g_j
+    GradVac  turn g_i until its cosine with g_j reaches a target phi_ij, a moving average of past cosines:
              if cos < phi:  g_i <- g_i + g_j |g_i| (phi sqrt(1 - cos^2) - cos sqrt(1 - phi^2)) / (|g_j| sqrt(1 - phi^2))
              phi_ij <- (1 - BETA) phi_ij + BETA cos, whether or not g_i was turned
 
-each for every task i over the others j in random order; g_i on the left is the one as changed so far, g_j always the
-original. The update is the sum of the changed g_i. As phi = 0 turns g_i just as PCGrad does, GradVac starts as PCGrad.
+For each task i, visit the other tasks j in random order. Update g_i in place; g_j is always j's original gradient.
+The update is the sum of the changed g_i. Targets start at 0, where GradVac turns g_i exactly as PCGrad does.
 
-Only parameters that two tasks or more have a gradient for count as shared; a task's own head keeps its own gradient.
-Every changed g_i is a combination sum_k C_ik g_k of the originals. So the dot products g_i.g_j of the shared part are
-computed once, the rule changes the few numbers C in float64, and one weighted sum with weights sum_i C_ik is written.
+Only parameters with a gradient from two tasks or more are shared. A task's own head keeps its own gradient.
+Every changed g_i is a combination sum_k C_ik g_k of the original gradients. So the dot products g_i.g_j are computed
+once, the rule runs on the few numbers C in float64, and the update is one weighted sum with the weights sum_i C_ik.
 
-The loop hands every loss to `add` and calls `combine` once before the optimiser's step; `cosines` then holds the
-step's original cosines per pair of tasks, to be logged. Several processes first sum up what they have, per task where
-the rule compares tasks, and so all of them come to the same update.
+Several processes first add up their gradients, separately for each task where the rule compares tasks. So every process
+computes the same update.
 
 Source: Yu et al. (2020), Algorithm 1 (PCGrad); Wang et al. (2021), Algorithm 1 (GradVac);
-SMARTer BERT 6.3 names both as what to try next.
-Differs: GradVac's paper groups parameters by layer or matrix; here, as in PCGrad, all shared ones are one vector.
+SMARTer BERT 6.3 proposes both as future work.
+Differs: GradVac's paper groups the parameters by layer or matrix. Here, as in PCGrad, the shared ones are one vector.
 """
 
 from itertools import combinations, combinations_with_replacement
@@ -30,19 +30,43 @@ from itertools import combinations, combinations_with_replacement
 import numpy as np
 import torch
 
+from methods import Method
 from parallel import sum_gradients
 
 BETA = 1e-2
 
 
-class Sum:
-    """The ordinary way: gradients of all losses of a step add up in the parameters' .grad."""
+class Combiner:
+    """Base class: collects the losses of a step in `add`, then writes every parameter's gradient in `combine`.
+
+    After `combine`, `cosines` holds the cosines between the tasks' gradients, {"sst-para": 0-dim tensor}, for the
+    log; it stays empty for a rule that does not compare tasks. `generator` draws whatever is random in the rule.
+    """
 
     def __init__(self, parameters, generator=None):
-        self.parameters, self.cosines = list(parameters), {}
+        self.parameters, self.generator, self.cosines = list(parameters), generator, {}
 
     def add(self, task, loss):
         """Backpropagate one loss of a task."""
+        raise NotImplementedError
+
+    def combine(self):
+        """Write the update's gradient into the parameters' .grad."""
+        raise NotImplementedError
+
+    def state_dict(self):
+        """Tensors and numbers that a resumed run needs."""
+        return {}
+
+    def load_state_dict(self, state):
+        """Continue from the state of a saved run."""
+
+
+class Sum(Combiner):
+    """The gradients of all losses of a step add up."""
+
+    def add(self, task, loss):
+        """Backpropagate one loss of a task; PyTorch adds to the parameters' .grad."""
         loss.backward()
 
     def combine(self):
@@ -63,118 +87,121 @@ def dot_products(gradients, count):
         for i, j in combinations_with_replacement(range(count), 2):
             if tensors[i] is not None and tensors[j] is not None:
                 pairs.append((i, j))
-                dots.append(torch.dot(tensors[i].flatten(), tensors[j].flatten()))
+                dots.append(torch.dot(tensors[i].flatten(), tensors[j].flatten()))  # two [n] to []
     upper = np.zeros((count, count))
     if dots:
-        # one transfer: every value fetched from a GPU on its own would wait for it
+        # one transfer for all numbers: each transfer would wait for the GPU
         np.add.at(upper, tuple(np.transpose(pairs)), torch.stack(dots).cpu().double().numpy())
-    return upper + np.triu(upper, 1).T
+    return upper + np.triu(upper, 1).T  # the lower triangle mirrors the upper one
 
 
 def pairwise_cosines(tasks, gram):
     """Cosine of every pair of tasks, {"sst-para": 0-dim tensor}, without pairs where one is zero or not finite."""
     cosines = {}
     for i, j in combinations(range(len(tasks)), 2):
-        norms = np.sqrt(gram[i, i] * gram[j, j])
+        norms = np.sqrt(gram[i, i] * gram[j, j])  # |g_i| |g_j|
         if 0 < norms < np.inf:
             cosines[f"{tasks[i]}-{tasks[j]}"] = torch.tensor(gram[i, j] / norms)
     return cosines
 
 
 def weighted_sum(tensors, weights):
-    """Sum over tasks of weight times gradient, for several parameters, in the first task's memory.
+    """Sum over tasks of weight times gradient, for several parameters at once.
 
-    Shapes: tensors: one list of gradients, one per parameter, for each task.
+    Shapes: tensors: for each task a list of gradients, one per parameter; returns one such list.
     """
     total, *others = tensors
-    torch._foreach_mul_(total, weights[0])
+    torch._foreach_mul_(total, weights[0])  # in place: the first task's memory becomes the sum's
     for more, weight in zip(others, weights[1:], strict=True):
         torch._foreach_add_(total, more, alpha=weight)
     return total
 
 
-class PCGrad:
-    """Projecting conflicting gradients: each task gives up what goes against another one.
+class PCGrad(Combiner):
+    """Projecting conflicting gradients: remove from each task's gradient its component against another task's.
 
     `task_gradients` is {task: [gradient or None per parameter]} between `add` and `combine`. `generator` draws the
-    order in which a task meets the others.
+    order in which a task visits the other tasks.
 
     Source: Yu et al. (2020), Algorithm 1.
     """
 
     def __init__(self, parameters, generator):
-        self.parameters, self.generator = list(parameters), generator
-        self.task_gradients, self.cosines = {}, {}
+        super().__init__(parameters, generator)
+        self.task_gradients = {}
 
     def add(self, task, loss):
         """Backpropagate one loss of a task into that task's gradients."""
         before = self.task_gradients.get(task, [None] * len(self.parameters))
         for parameter, gradient in zip(self.parameters, before, strict=True):
-            parameter.grad = gradient
+            parameter.grad = gradient  # backward adds to this task's gradient so far
         loss.backward()
         self.task_gradients[task] = [parameter.grad for parameter in self.parameters]
         for parameter in self.parameters:
-            parameter.grad = None
+            parameter.grad = None  # so that the next task does not add to this one's
 
-    def push(self, pair, dot, norm, other_norm):
-        """How much of g_j is added to g_i, whose norm is `norm`."""
+    def factor(self, pair, dot, norm, other_norm):
+        """The factor with which g_j is added to g_i. dot is g_i.g_j, the norms are |g_i| and |g_j|."""
         return -dot / other_norm**2 if dot < 0 else 0.0
 
     def coefficients(self, tasks, gram):
         """The changed gradients as combinations of the original ones: C, with g_i = sum_k C_ik g_k.
 
-        Shapes: gram [t,t] for t tasks; returns [t,t].
+        Shapes: gram: dot products of the original gradients, [t,t] for t tasks; returns [t,t].
         """
         count = len(tasks)
-        mixture = np.eye(count)
+        combination = np.eye(count)  # [t,t]; at the start each g_i is the original
         if not np.isfinite(gram).all():
-            return mixture  # an overflow in half precision: the sum shows it to the gradient scaler
-        norms = np.sqrt(np.diag(gram))
-        for i, mine in enumerate(mixture):
+            return combination  # float16 overflowed: the sum stays infinite, and the gradient scaler skips the step
+        norms = np.sqrt(np.diag(gram))  # [t]
+        for i, row in enumerate(combination):  # row [t] is a view: changing it changes C
             others = [j for j in range(count) if j != i]
             for k in torch.randperm(len(others), generator=self.generator).tolist():
                 j = others[k]
-                norm = np.sqrt(max(0.0, mine @ gram @ mine))
+                norm = np.sqrt(max(0.0, row @ gram @ row))  # |g_i| as changed so far; rounding may go below 0
                 if norm > 0 and norms[j] > 0:
-                    mine[j] += self.push(f"{tasks[i]}-{tasks[j]}", mine @ gram[:, j], norm, norms[j])
-        return mixture
+                    dot = row @ gram[:, j]  # g_i as changed so far, times the original g_j: [t], [t] to a number
+                    row[j] += self.factor(f"{tasks[i]}-{tasks[j]}", dot, norm, norms[j])
+        return combination
 
     def combine(self):
         """Write the sum of the tasks' changed gradients into the parameters' .grad.
 
-        A parameter that one task alone has a gradient for gets that one, a parameter without any keeps none.
+        A parameter with a gradient from only one task gets that gradient. A parameter without any keeps None.
         """
-        tasks, groups = list(self.task_gradients), {}
+        tasks = list(self.task_gradients)
         totals = [sum_gradients(self.parameters, gradients) for gradients in self.task_gradients.values()]
-        for parameter, *tensors in zip(self.parameters, *totals, strict=True):
-            present = tuple(k for k, tensor in enumerate(tensors) if tensor is not None)
-            groups.setdefault(present, []).append((parameter, tensors))
         self.task_gradients = {}
-        shared = [tensors for present, rows in groups.items() if len(present) > 1 for _, tensors in rows]
+        # parameters by the tasks that have a gradient for them: {(0, 2): [(parameter, gradient or None per task)]}
+        groups = {}
+        for parameter, *gradients in zip(self.parameters, *totals, strict=True):
+            present = tuple(k for k, gradient in enumerate(gradients) if gradient is not None)
+            groups.setdefault(present, []).append((parameter, gradients))
+        groups.pop((), None)
+        shared = [gradients for present, rows in groups.items() if len(present) > 1 for _, gradients in rows]
         gram = dot_products(shared, len(tasks))
         self.cosines = pairwise_cosines(tasks, gram)
-        weights = self.coefficients(tasks, gram).sum(0).tolist()
-        groups.pop((), None)
+        weights = self.coefficients(tasks, gram).sum(0).tolist()  # sum over i of C_ik: [t,t] to [t]
         for present, rows in groups.items():
             chosen = [weights[k] for k in present] if len(present) > 1 else [1.0]
-            totals = weighted_sum([[tensors[k] for _, tensors in rows] for k in present], chosen)
-            for (parameter, _), total in zip(rows, totals, strict=True):
-                parameter.grad = total
+            updates = weighted_sum([[gradients[k] for _, gradients in rows] for k in present], chosen)
+            for (parameter, _), update in zip(rows, updates, strict=True):
+                parameter.grad = update
 
     def state_dict(self):
-        """What a resumed run needs."""
+        """The state of the generator."""
         return {"generator": self.generator.get_state()}
 
     def load_state_dict(self, state):
-        """Take over a saved state."""
+        """Continue drawing where the saved run stopped."""
         self.generator.set_state(state["generator"])
 
 
 class GradVac(PCGrad):
-    """Gradient vaccine: each task turns towards another one, up to how similar the two have been so far.
+    """Gradient vaccine: turn each task's gradient towards another one's, up to their average cosine so far.
 
-    `targets` is {"sst-para": phi}, from the side of the first task named: phi_ij and phi_ji differ, since the cosine
-    is that of g_i as changed so far. All start at zero.
+    `targets` is {"sst-para": phi}, with task i named first. phi_ij and phi_ji differ, because each cosine is that of
+    g_i as changed so far. All targets start at 0.
 
     Source: Wang et al. (2021), Algorithm 1.
     """
@@ -183,20 +210,46 @@ class GradVac(PCGrad):
         super().__init__(parameters, generator)
         self.targets = {}
 
-    def push(self, pair, dot, norm, other_norm):
-        """How much of g_j is added to g_i, whose norm is `norm`; moves the pair's target."""
-        cosine, target = float(np.clip(dot / (norm * other_norm), -1.0, 1.0)), self.targets.get(pair, 0.0)
+    def factor(self, pair, dot, norm, other_norm):
+        """The factor with which g_j is added to g_i. Moves the pair's target too."""
+        cosine = float(np.clip(dot / (norm * other_norm), -1.0, 1.0))  # rounding may exceed 1
+        target = self.targets.get(pair, 0.0)
         self.targets[pair] = (1 - BETA) * target + BETA * cosine
-        if not cosine < target < 1:
+        if not cosine < target < 1:  # a target of 1 would divide by 0: no factor makes g_i parallel to g_j
             return 0.0
         sine, target_sine = np.sqrt(1 - cosine**2), np.sqrt(1 - target**2)
         return norm * (target * sine - cosine * target_sine) / (other_norm * target_sine)
 
     def state_dict(self):
-        """What a resumed run needs."""
+        """The state of the generator, and the targets."""
         return super().state_dict() | {"targets": dict(self.targets)}
 
     def load_state_dict(self, state):
-        """Take over a saved state."""
+        """Continue from the state of a saved run."""
         super().load_state_dict(state)
         self.targets = dict(state["targets"])
+
+
+COMBINERS = {"sum": Sum, "pcgrad": PCGrad, "gradvac": GradVac}
+
+
+def surgery_conflicts(flags, typed):
+    """Pairs (applies, sentence): comparing tasks needs two of them in every step."""
+    name, is_on = flags["gradients"], flags["gradients"] != "sum"
+    return [
+        (is_on and len(flags["tasks"]) < 2, f"--gradients {name} needs at least two --tasks"),
+        (
+            is_on and flags["step"] == "one_task",
+            f"--gradients {name} compares the tasks of one step: leave out --step one_task",
+        ),
+    ]
+
+
+SURGERY = Method(
+    "gradient surgery (PCGrad: Yu et al. 2020; GradVac: Wang et al. 2021)",
+    add_flags=lambda group: group.add_argument(
+        "--gradients", choices=tuple(COMBINERS), default="sum", help="rule that combines the tasks' gradients"
+    ),
+    conflicts=surgery_conflicts,
+    needs=lambda flags: set() if flags["gradients"] == "sum" else {"all_tasks"},
+)

@@ -1,44 +1,52 @@
-"""Loss terms that keep the function smooth: SMART (two forms), Bregman proximal point, LNSR. Read first: tasks.py.
+"""Loss terms that make the model smooth: SMART (two forms), Bregman proximal point, layer-wise noise stability (LNSR).
 
-A model that answers differently when its input barely moves has memorised, so each term here adds a price for moving.
-With x the embeddings of an example (what enters layer 1), f(x; theta) its logits and l_s the task's divergence
-(symmetrised KL for classes, squared difference for values; tasks.py), the loss L becomes L plus one of
+A model whose output changes a lot when its input barely moves has memorised its training data. Each term here is a
+penalty on such a change. With x the embeddings of an example (the input of layer 1), f(x; theta) its logits and l_s
+the task's divergence (symmetrised KL for classes, squared difference for values; tasks.py), the loss gets one of
 
     AdversarialSmart   lambda * max over |delta|_inf <= radius of l_s(f(x + delta), f(x))      the worst small move
     GaussianSmart      lambda * mean over the outputs of (f(x + noise) - f(x))^2               a random small move
     Bregman            mu * l_s(f(x; theta), f(x; theta_t)), theta_t a slow average of theta   a move of the weights
-    LNSR               lambda * mean over layers r and units of (h_r(x + noise) - h_r(x))^2    a move inside the model
+    LNSR               lambda * mean over layers r and units of (h_r(x + noise) - h_r(x))^2    a move of hidden states
 
-The maximum is approximated: a small random start delta_0 (at delta = 0 the divergence has no slope), one step up
-the gradient, clipped into the box: delta = clip(delta_0 + step * g / |g|_inf, -radius, radius).
+The maximum is approximated in one step: start at a small random delta_0, because at delta = 0 the divergence has no
+slope; step along the gradient g; clip into the box: delta = clip(delta_0 + step * g / |g|_inf, -radius, radius).
 
-With early exit f has one output per exit, and a term is the sum over the step's exits with their weights (LNSR: over
-the layers up to the deepest of them).
-Two passes are compared under the same dropout masks, otherwise the price has a floor that no smoothness lowers
-(Bregman's teacher has no dropout at all: see there). Noise is 0 on padding and comes from a generator of its own.
+With early exit f has one output per exit. A term is then the sum over the step's exits, each with its weight; LNSR
+takes the layers up to the deepest of these exits.
+Both passes use the same dropout masks. With different masks the penalty stays above zero even for a perfectly smooth
+model. (Bregman's teacher has no dropout; see there.) Each noise generator is separate, so that a term changes no other
+random number. Noise on padding is 0.
 
 Sources: Jiang et al. (2020), SMART; BERTer 3.2; SMARTer BERT 4.3; layer-level adaptations 3.1, 2.3; Hua et al. (2021).
 """
 
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 
 from bert import dropout_state
 from errors import InputError
+from methods import LossTerm, Method, among_tasks, at_least_zero, belongs, positive
 from parallel import every_process
 from tasks import widen
 
-# radius, step and start noise of the adversarial form, in units of the embeddings' RMS; chosen by measurement, in
-# the proportions of the published values
-RADIUS, STEP, NOISE = 0.03, 3.0, 0.03
-# decay of the teacher's average: early, and from this share of the training on
-EARLY_DECAY, LATE_DECAY, EARLY_SHARE = 0.99, 0.999, 0.1
+# The adversarial radius over the RMS of the embeddings, chosen by measurement. The step is 100 times the radius, as
+# 1e-3 is of 1e-5 in the papers. The standard deviation of the start is the radius, as in the papers too.
+RADIUS, STEP_PER_RADIUS = 0.03, 100
+# Standard deviation of the noise: GaussianSmart's in the units of the embeddings, LNSR's over their RMS.
+GAUSSIAN_SIGMA, LNSR_SIGMA = 0.05, 0.05
+# The fraction of itself that Bregman's teacher keeps in a step, in the first EARLY of the training and later.
+EARLY, EARLY_DECAY, LATE_DECAY = 0.1, 0.99, 0.999
+
+
+# --- parts that the terms use -------------------------------------------------------------------------------------
 
 
 @contextmanager
 def replay_dropout(rng, device):
-    """Draw dropout masks from a saved generator state; afterwards go on as if nothing had been drawn."""
+    """Draw dropout masks from a saved generator state; restore the generator afterwards."""
     get_state, set_state = dropout_state(device)
     before = get_state()
     set_state(rng)
@@ -55,15 +63,26 @@ def forward_again(model, batch, embeds, rng, exits):
         return model(batch, embeds=embeds, exits=tuple(exits)).logits
 
 
-def root_mean_square(hidden, masks):
-    """RMS of the numbers of each example's real tokens, of all passes together.
+def widen_outputs(model, batch, outputs, exits, mixed_precision):
+    """The outputs of the loop's forward pass in float32 or wider.
 
-    One value per example, so that no example's noise depends on which others share its batch.
+    Under autocast the logits were rounded to a few digits, too few to show a small change. They are computed again.
+    """
+    embeds = tuple(widen(h) for h in outputs.embeds)
+    logits = forward_again(model, batch, embeds, outputs.rng, exits) if mixed_precision else outputs.logits
+    return replace(outputs, embeds=embeds, logits=logits)
+
+
+def root_mean_square(hidden, masks):
+    """RMS of the numbers of an example's real tokens, over all its encoder passes.
+
+    There is one value per example, so that its noise does not depend on the other examples of the batch.
     Shapes: one [b,s,d] and one [b,s] per pass -> [b,1,1].
     """
+    # the mask [b,s] becomes [b,s,1], so that padding adds 0; [b,s,d] is summed to [b]
     squares = [(h.detach().square() * mask.unsqueeze(-1)).sum((1, 2)) for h, mask in zip(hidden, masks, strict=True)]
-    tokens = sum(mask.sum(-1) for mask in masks)
-    return (sum(squares) / (tokens * hidden[0].shape[-1])).sqrt()[:, None, None]
+    tokens = sum(mask.sum(-1) for mask in masks)  # [b]
+    return (sum(squares) / (tokens * hidden[0].shape[-1])).sqrt()[:, None, None]  # [b] to [b,1,1]
 
 
 def add(xs, ys):
@@ -71,182 +90,194 @@ def add(xs, ys):
     return tuple(x + y for x, y in zip(xs, ys, strict=True))
 
 
-class NoiseTerm:
-    """What the terms with noise share: the weight, the noise and the generator's saved state."""
+def weighted_divergence(task, logits, other, exit_weights):
+    """l_s between two sets of logits, summed over the exits with their weights. Shapes: {exit: [b,o]} -> [b]."""
+    return sum(w * task.objective.divergence(logits[i], other[i]) for i, w in exit_weights.items())
 
-    def __init__(self, generator, weight):
-        self.generator, self.weight = generator, weight
+
+class SmoothnessTerm(LossTerm):
+    """Base class: a penalty for the examples of some tasks.
+
+    A subclass defines `penalty(model, batch, outputs, exit_weights) -> [b]`, the weight included.
+    """
+
+    def __init__(self, tasks, weight):
+        self.tasks, self.weight = tuple(tasks), weight
+
+    def __call__(self, model, batch, outputs, exit_weights):
+        """The penalty of each example; zeros if the batch is of another task. Shapes: [b]."""
+        if batch.task.name not in self.tasks:
+            return torch.zeros(len(batch), device=batch.labels.device)
+        return self.penalty(model, batch, outputs, exit_weights)
+
+
+class NoiseTerm(SmoothnessTerm):
+    """Base class of the terms that draw noise, from a generator of their own."""
+
+    def __init__(self, tasks, generator, weight):
+        super().__init__(tasks, weight)
+        self.generator = generator
 
     def state_dict(self):
-        """The noise generator's state."""
+        """The state of the noise generator."""
         return {"generator": self.generator.get_state()}
 
     def load_state_dict(self, state):
-        """Go on drawing where the saved run was."""
+        """Continue drawing where the saved run stopped."""
         self.generator.set_state(state["generator"].cpu())
 
-    def draw(self, hidden, masks, share=None):
-        """Standard normal noise, 0 on padding; drawn for all rows of a batch that processes share, to take ours.
+    def draw(self, hidden, masks, batch):
+        """Standard normal noise, 0 on padding.
 
-        Shapes: one [b,s,d] per encoder pass.
+        If several processes share a batch, each draws the noise of all rows and keeps that of its own rows. So a row
+        has the same noise with any number of processes.
+        Shapes: hidden: one [b,s,d] per encoder pass; returns the same.
         """
-        positions, rows = share or (slice(None), len(hidden[0]))
-        how = dict(generator=self.generator, device=self.generator.device)
-        noise = (torch.randn(rows, *h.shape[1:], dtype=h.dtype, **how)[positions].to(h.device) for h in hidden)
-        return tuple(x * mask.unsqueeze(-1) for x, mask in zip(noise, masks, strict=True))
+        positions, rows = batch.share or (slice(None), len(hidden[0]))
+        noise = []
+        for h, mask in zip(hidden, masks, strict=True):
+            device = self.generator.device  # the CPU: the same numbers on every machine
+            x = torch.randn(rows, *h.shape[1:], dtype=h.dtype, generator=self.generator, device=device)
+            noise.append(x[positions].to(h.device) * mask.unsqueeze(-1))  # [b,s,d] * [b,s,1]
+        return tuple(noise)
 
 
-class SmartTerm(NoiseTerm):
-    """What both forms of SMART share: the tasks they are for, and the clean pass they compare with.
-
-    `mixed_precision` says that the loop's forward ran under autocast. Its outputs, rounded to a few digits, are then
-    no measure for a small change, and the term runs a clean float32 pass of its own.
-    """
-
-    def __init__(self, tasks, generator, weight, mixed_precision):
-        super().__init__(generator, weight)
-        self.tasks, self.mixed_precision = tuple(tasks), mixed_precision
-
-    def __call__(self, model, batch, outputs, exit_weights):
-        """The term of each example; zeros for a task that it is not for. Shapes: [b]."""
-        if batch.task.name not in self.tasks:
-            return torch.zeros(len(batch), device=batch.labels.device)
-        embeds, clean = tuple(widen(h) for h in outputs.embeds), outputs.logits
-        if self.mixed_precision:
-            clean = forward_again(model, batch, embeds, outputs.rng, exit_weights)
-        return self.weight * self.penalty(model, batch, embeds, clean, outputs.rng, exit_weights)
+# --- the terms ----------------------------------------------------------------------------------------------------
 
 
-class AdversarialSmart(SmartTerm):
-    """SMART's smoothness-inducing adversarial regularisation: lambda times the divergence after the worst small move.
+class AdversarialSmart(NoiseTerm):
+    """SMART's smoothness-inducing adversarial regularisation: the divergence after the worst small move.
 
-    The step is so long against the radius that four coordinates in five end on the edge of the box, as with the
-    published values (step 1e-3, radius and start 1e-5, absolute). Those are too small: measured on dev sentences with
-    all-MiniLM-L6-v2, the penalty is about 2e-8, which added to the loss in float32 does not change it; in bf16 one
-    number in fifty changes at all, and the divergence is rounding: hundreds of times that penalty, or exactly 0. Hence
-    relative sizes and float32 passes. The published values are still to be had: as 2e-5, 2e-3, 2e-5.
-    In float32 training the loop's clean pass is reused, and the ascent computes no parameter's gradient: a step costs
-    8 units where a plain one costs 3 (a forward pass 1, a full backward pass 2, one to the embeddings alone 1).
-    A step waits for the device once, for the flag that says whether the perturbation vanished.
+    The step is so long that about 80% of the coordinates end on the edge of the box. This is so with the published
+    values too (step 1e-3, radius and start 1e-5, absolute), but these are too small here. With all-MiniLM-L6-v2 on dev
+    sentences the penalty is about 2e-8, and adding it to the loss in float32 does not change the loss. In bf16 a
+    perturbation this small changes 2% of the numbers, so the measured divergence is rounding error: hundreds of times
+    the true penalty, or exactly 0. So the radius here is relative and the passes run in float32. The published values
+    are about --smart_radius 2e-5.
+    A training step costs 8 units instead of 3, if a forward pass costs 1, a full backward pass 2 and a backward pass to
+    the embeddings 1. This counts on float32 training, where the loop's pass is reused as the clean pass.
+    Each step waits for the device once, to check that the perturbation changed something.
 
-    Units: radius, step and noise (standard deviation of the start) are multiples of the RMS of the embeddings of an
-        example's real tokens.
-    Raises: InputError where the perturbation vanished: the step left the start as it was, the embeddings did not
-        change in the working precision, or no output of the batch did.
+    Units: radius is a multiple of the RMS of the embeddings of an example's real tokens.
+    Raises: InputError if the perturbation vanished: the ascent did not move it, adding it to the embeddings did not
+        change them in their precision, or no output of the batch changed.
     Source: Jiang et al. (2020), section 3.1, algorithm 1 (K = 1); BERTer 3.2.
     Differs: the gradient is normalised per example over all its tokens and encoder passes (the authors' code:
         per token); the start is clipped into the box too.
     """
 
-    def __init__(self, tasks, generator, weight=1.0, radius=RADIUS, step=STEP, noise=NOISE, mixed_precision=False):
-        super().__init__(tasks, generator, weight, mixed_precision)
-        self.radius, self.step, self.noise = radius, step, noise
+    def __init__(self, tasks, generator, weight=1.0, radius=RADIUS, mixed_precision=False):
+        super().__init__(tasks, generator, weight)
+        self.radius, self.mixed_precision = radius, mixed_precision
 
-    def divergence(self, task, noisy, clean, exit_weights):
-        """l_s summed over the exits with their weights. Shapes: [b]."""
-        return sum(w * task.divergence(noisy[i], clean[i]) for i, w in exit_weights.items())
-
-    def perturb(self, model, batch, embeds, clean, rng, exit_weights):
-        """The random start and the perturbation after the ascent step. Shapes: tuples of [b,s,d]."""
+    def perturb(self, model, batch, outputs, exit_weights):
+        """The random start and the perturbation after the ascent step. Shapes: tuples of one [b,s,d] per pass."""
         masks = model.masks(batch)
-        scale = root_mean_square(embeds, masks)
+        scale = root_mean_square(outputs.embeds, masks)  # [b,1,1]
         radius = self.radius * scale
-        start = tuple((self.noise * scale * x).clamp(-radius, radius) for x in self.draw(embeds, masks, batch.share))
-        moves = tuple(x.clone().requires_grad_() for x in start)
-        noisy = forward_again(model, batch, add([h.detach() for h in embeds], moves), rng, exit_weights)
-        fixed = {i: clean[i].detach() for i in exit_weights}
-        slope = torch.autograd.grad(self.divergence(batch.task, noisy, fixed, exit_weights).sum(), moves)
-        slope = [g * mask.unsqueeze(-1) for g, mask in zip(slope, masks, strict=True)]
-        steepest = torch.stack([g.abs().amax(dim=(1, 2)) for g in slope]).amax(0)[:, None, None]  # [b,1,1]
-        length = self.step * scale / steepest.clamp(min=torch.finfo(steepest.dtype).tiny)
-        final = tuple((x + length * g).clamp(-radius, radius) for x, g in zip(start, slope, strict=True))
-        return start, final
+        # the radius is also the standard deviation: a third of the coordinates are clipped to the edge
+        start = tuple((radius * x).clamp(-radius, radius) for x in self.draw(outputs.embeds, masks, batch))
+        # all but delta is detached: the ascent needs the gradient of delta alone
+        delta = tuple(x.clone().requires_grad_() for x in start)
+        noisy = forward_again(model, batch, add([h.detach() for h in outputs.embeds], delta), outputs.rng, exit_weights)
+        clean = {i: outputs.logits[i].detach() for i in exit_weights}
+        divergence = weighted_divergence(batch.task, noisy, clean, exit_weights)  # [b]
+        # examples do not mix in a batch: the sum's gradient holds each example's own
+        gradient = torch.autograd.grad(divergence.sum(), delta)  # one [b,s,d] per pass
+        gradient = [g * mask.unsqueeze(-1) for g, mask in zip(gradient, masks, strict=True)]  # 0 on padding
+        # |g|_inf of each example over its tokens, units and passes: [passes,b] to [b] to [b,1,1]
+        largest = torch.stack([g.abs().amax(dim=(1, 2)) for g in gradient]).amax(0)[:, None, None]
+        # a gradient of 0 would divide by 0; with the smallest positive number the step stays 0
+        step = STEP_PER_RADIUS * self.radius * scale / largest.clamp(min=torch.finfo(largest.dtype).tiny)
+        end = tuple((x + step * g).clamp(-radius, radius) for x, g in zip(start, gradient, strict=True))
+        return start, end
 
-    def check(self, task, embeds, start, final, perturbed, divergence):
-        """Stop the run where the perturbation changes nothing."""
-        vanished = (divergence == 0).all()
-        for h, before, after, moved in zip(embeds, start, final, perturbed, strict=True):
+    def check(self, task, embeds, start, end, perturbed, divergence):
+        """Stop the run if the perturbation changes nothing."""
+        vanished = (divergence == 0).all()  # stays on the device, so that only every_process waits for it
+        for h, before, after, moved in zip(embeds, start, end, perturbed, strict=True):
             vanished = vanished | (before == after).all() | (moved == h).all()
         if every_process(vanished):
             raise InputError(
-                f"--smart_radius {self.radius:g} --smart_step {self.step:g} --smart_noise {self.noise:g}: the "
-                f"perturbation of a batch of {task.name} vanished in {embeds[0].dtype}: raise them"
+                f"--smart_radius {self.radius:g}: the perturbation of a batch of {task.name} vanished in "
+                f"{embeds[0].dtype}: raise --smart_radius"
             )
 
-    def penalty(self, model, batch, embeds, clean, rng, exit_weights):
-        """l_s between the clean pass and that at the end of the ascent. Shapes: [b]."""
-        start, final = self.perturb(model, batch, embeds, clean, rng, exit_weights)
-        perturbed = add(embeds, final)
-        noisy = forward_again(model, batch, perturbed, rng, exit_weights)
-        divergence = self.divergence(batch.task, noisy, clean, exit_weights)
-        self.check(batch.task, embeds, start, final, perturbed, divergence)
-        return divergence
+    def penalty(self, model, batch, outputs, exit_weights):
+        """l_s between the clean pass and the pass at the end of the ascent. Shapes: [b]."""
+        outputs = widen_outputs(model, batch, outputs, exit_weights, self.mixed_precision)
+        start, end = self.perturb(model, batch, outputs, exit_weights)
+        perturbed = add(outputs.embeds, end)
+        # gradients flow through both passes
+        noisy = forward_again(model, batch, perturbed, outputs.rng, exit_weights)
+        divergence = weighted_divergence(batch.task, noisy, outputs.logits, exit_weights)
+        self.check(batch.task, outputs.embeds, start, end, perturbed, divergence)
+        return self.weight * divergence
 
 
-class GaussianSmart(SmartTerm):
-    """SMARTer BERT's simplified SMART: lambda times the mean squared change of the logits under Gaussian noise.
+class GaussianSmart(NoiseTerm):
+    """SMARTer BERT's simplified SMART: the mean squared change of the logits under Gaussian noise.
 
-    Units: sigma is absolute, in units of the embeddings, as in the paper.
+    Units: sigma is absolute, in the units of the embeddings, as in the paper.
     Source: SMARTer BERT 4.3, algorithm 1.
-    Differs: the formula displayed there, 1/2 max L(theta + eps) - L(theta), disturbs the weights and is not what the
-    algorithm below it does; this is the algorithm. The same dropout masks in both passes, no noise on padding; one
-    value per example, whose mean over the batch is the paper's mean over batch and outputs.
+    Differs: the paper's formula, 1/2 max L(theta + eps) - L(theta), perturbs the weights, but its algorithm perturbs
+        the embeddings. This is the algorithm. Both passes use the same dropout masks, and noise on padding is 0. There
+        is one value per example; its mean over the batch is the paper's mean over batch and outputs.
     """
 
-    def __init__(self, tasks, generator, weight=10.0, sigma=0.05, mixed_precision=False):
-        super().__init__(tasks, generator, weight, mixed_precision)
-        self.sigma = sigma
+    def __init__(self, tasks, generator, weight=10.0, sigma=GAUSSIAN_SIGMA, mixed_precision=False):
+        super().__init__(tasks, generator, weight)
+        self.sigma, self.mixed_precision = sigma, mixed_precision
 
-    def penalty(self, model, batch, embeds, clean, rng, exit_weights):
+    def penalty(self, model, batch, outputs, exit_weights):
         """Mean over the outputs of the squared change of the logits. Shapes: [b]."""
-        noise = tuple(self.sigma * x for x in self.draw(embeds, model.masks(batch), batch.share))
-        noisy = forward_again(model, batch, add(embeds, noise), rng, exit_weights)
-        return sum(w * (widen(clean[i]) - widen(noisy[i])).square().mean(-1) for i, w in exit_weights.items())
+        outputs = widen_outputs(model, batch, outputs, exit_weights, self.mixed_precision)
+        noise = tuple(self.sigma * x for x in self.draw(outputs.embeds, model.masks(batch), batch))
+        noisy = forward_again(model, batch, add(outputs.embeds, noise), outputs.rng, exit_weights)
+        clean = outputs.logits
+        # the mean over the outputs: [b,o] to [b]
+        changes = (w * (widen(clean[i]) - widen(noisy[i])).square().mean(-1) for i, w in exit_weights.items())
+        return self.weight * sum(changes)
 
 
-class Bregman:
-    """Bregman proximal point: mu times the divergence from a teacher, the slow average of the model's own weights.
+class Bregman(SmoothnessTerm):
+    """Bregman proximal point: the divergence from a teacher, the slow average of the model's own weights.
 
-    theta_t = beta * theta_t + (1 - beta) * theta after every step; at the start theta_t = theta. In a phase that trains
-    some parameters only, the teacher's others move on towards the model's.
-    The teacher runs without gradient, in float32, and without dropout; the student's pass is the loop's, with
-    dropout. So the term has a floor that no closeness lowers: even for theta_t = theta the two answers differ. As
-    measured, mu = 1, all-MiniLM-L6-v2 with pretrained layers and heads fitted to 800 training rows each, dropout .1
-    in the layers and .3 before the heads, mean over 200 dev rows: SST .114, Quora .018, STS .047.
-
-    `tasks` names those that it is for; None: all. A task that repeats its data gains by it, one that does not may lose
-    (LOG.md).
+    After every step theta_t <- beta * theta_t + (1 - beta) * theta, from theta_t = theta at the start. If a phase
+    trains only some parameters, the teacher's copies of the other parameters still move towards the model's.
+    The teacher runs without gradient, in float32 and without dropout. The student's pass is the loop's, with dropout.
+    So the term stays above zero even if both have the same weights. With mu = 1, all-MiniLM-L6-v2 with pretrained
+    layers, heads fitted to 800 training rows each and dropout .1 in the layers and .3 before the heads, the mean over
+    200 dev rows is .114 for SST, .018 for Quora and .047 for STS.
+    A task that repeats its training data gains by the term; a task that does not may lose (LOG.md).
 
     Source: Jiang et al. (2020), section 3.2, momentum form; layer-level adaptations 3.1.2.
-    Differs: one step of the proximal problem per update, as in the authors' code. 3.1.2 has no momentum: its theta_t is
-    the previous iterate. With one step per update that is the model itself, whose divergence from itself has no
-    gradient (but for dropout), so the average is what makes the term work.
+    Differs: each update takes one step on the proximal problem, as in the authors' code. 3.1.2 has no momentum: its
+        theta_t is the previous iterate. With one step per update this is the model itself, and apart from dropout the
+        divergence from itself has no gradient. So the average is what makes the term work.
     """
 
-    def __init__(self, model, weight=1.0, tasks=None):
-        self.weight, self.tasks = weight, tasks
-        self.teacher = {
-            name: parameter.detach().clone()
-            for name, parameter in model.named_parameters()
-            if parameter.is_floating_point()
-        }
+    def __init__(self, model, weight, tasks):
+        super().__init__(tasks, weight)
+        self.teacher = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
     def state_dict(self):
         """The teacher's parameters by name."""
         return {"teacher": self.teacher}
 
     def load_state_dict(self, state):
-        """Go on with a saved teacher."""
+        """Continue with a saved teacher."""
         for name, parameter in self.teacher.items():
             parameter.copy_(state["teacher"][name])
 
     @torch.no_grad()
-    def answer(self, model, batch, exits):
+    def teacher_logits(self, model, batch, exits):
         """The teacher's logits. Shapes: {exit: [b,o]}."""
         training = model.training
-        model.eval()
+        model.eval()  # no dropout
         try:
             with torch.autocast(batch.labels.device.type, enabled=False):
+                # the model's code with the teacher's weights
                 return torch.func.functional_call(model, self.teacher, (batch,), {"exits": tuple(exits)}).logits
         finally:
             model.train(training)
@@ -255,42 +286,38 @@ class Bregman:
     def after_step(self, model, progress):
         """Move the teacher towards the model.
 
-        Units: progress is the share that is done of the phases that share a learning-rate schedule, so a plan with two
-        stages has the early decay in each.
+        Units: progress is the finished part of the phases with a common learning-rate schedule, from 0 to 1. So a plan
+            with two stages has the early decay at the start of each.
         """
-        decay = EARLY_DECAY if progress < EARLY_SHARE else LATE_DECAY
+        decay = EARLY_DECAY if progress < EARLY else LATE_DECAY
         parameters = dict(model.named_parameters())
         for name, parameter in self.teacher.items():
-            parameter.lerp_(parameters[name], 1 - decay)
+            parameter.lerp_(parameters[name], 1 - decay)  # in place: beta theta_t + (1 - beta) theta
 
-    def __call__(self, model, batch, outputs, exit_weights):
-        """The term of each example; zeros for a task that it is not for. Shapes: [b]."""
-        if self.tasks and batch.task.name not in self.tasks:
-            return torch.zeros(len(batch), device=batch.labels.device)
-        teacher = self.answer(model, batch, exit_weights)
-        divergence = batch.task.divergence
-        return self.weight * sum(w * divergence(outputs.logits[i], teacher[i]) for i, w in exit_weights.items())
+    def penalty(self, model, batch, outputs, exit_weights):
+        """l_s between the student's and the teacher's logits. Shapes: [b]."""
+        teacher = self.teacher_logits(model, batch, exit_weights)
+        return self.weight * weighted_divergence(batch.task, outputs.logits, teacher, exit_weights)
 
 
 class LNSR(NoiseTerm):
-    """Layer-wise noise stability: lambda times how far noise on the embeddings moves the hidden states above.
+    """Layer-wise noise stability: how far noise on the embeddings moves the hidden states of the layers above.
 
-    The term is the squared change, averaged over the hidden units, over an example's real tokens (of both passes of
-    a siamese pair) and over the layers from the first to the deepest exit of the step, so that its size depends on
-    neither width, length nor depth. Gradients flow through the clean and the noisy states. It costs two more passes,
-    since the loop keeps no hidden states; they have no heads, so that with exits after several layers their dropout
-    masks are each other's and not those of the loop.
+    The penalty is the squared change of the hidden states. It is a mean over the hidden units, over the real tokens of
+    an example (of both texts of a siamese pair) and over the layers from the first to the deepest exit of the step. So
+    its size depends on neither width, length nor depth. Gradients flow through both passes.
+    The term costs two more passes, because the loop keeps no hidden states. These passes have no heads. With exits
+    after several layers their dropout masks are therefore not those of the loop's pass, but the two have the same.
 
     Units: sigma is a multiple of the RMS of the embeddings of an example's real tokens.
     Source: Hua et al. (2021), Noise Stability Regularization for Improving BERT Fine-tuning; sigma is the relative
         size of the noise with which its figure 1 shows how unstable a fine-tuned BERT is.
-    Differs: the paper lets the noise enter at any layer and sums squared norms with a weight per layer; here it enters
-        below layer 1, so that every layer is covered, and all layers weigh the same.
+    Differs: in the paper the noise may enter at any layer, and squared norms are summed with a weight per layer. Here
+        it enters below layer 1, so that every layer is covered, and all layers have the same weight.
     """
 
-    def __init__(self, generator, weight=1.0, sigma=0.05):
-        super().__init__(generator, weight)
-        self.sigma = sigma
+    def __init__(self, tasks, generator, weight=1.0):
+        super().__init__(tasks, generator, weight)
 
     def states(self, model, batch, embeds, rng, stop):
         """Hidden states after the layers 1 .. stop, float32 or wider. Shapes: per layer one [b,s,d] per pass."""
@@ -298,16 +325,112 @@ class LNSR(NoiseTerm):
         with replay_dropout(rng, device), torch.autocast(device.type, enabled=False):
             return [h for _, h in model.encode(embeds, model.masks(batch), batch.task, 0, stop)]
 
-    def __call__(self, model, batch, outputs, exit_weights):
-        """The term of each example. Shapes: [b]."""
+    def penalty(self, model, batch, outputs, exit_weights):
+        """Mean squared change of the hidden states. Shapes: [b]."""
         embeds, masks, stop = tuple(widen(h) for h in outputs.embeds), model.masks(batch), max(exit_weights)
-        scale = self.sigma * root_mean_square(embeds, masks)
-        noise = tuple(scale * x for x in self.draw(embeds, masks, batch.share))
+        scale = LNSR_SIGMA * root_mean_square(embeds, masks)  # [b,1,1]
+        noise = tuple(scale * x for x in self.draw(embeds, masks, batch))
         clean = self.states(model, batch, embeds, outputs.rng, stop)
         noisy = self.states(model, batch, add(embeds, noise), outputs.rng, stop)
         change = sum(
-            ((x - y).square().mean(-1) * mask).sum(-1)  # [b,s,d], [b,s], [b]
+            # mean over the units, sum over the real tokens: [b,s,d] to [b,s] to [b]
+            ((x - y).square().mean(-1) * mask).sum(-1)
             for layer in zip(clean, noisy, strict=True)
             for x, y, mask in zip(*layer, masks, strict=True)
         )
-        return self.weight * change / (stop * sum(mask.sum(-1) for mask in masks))
+        return self.weight * change / (stop * sum(mask.sum(-1) for mask in masks))  # over layers and tokens: [b]
+
+
+# --- the records --------------------------------------------------------------------------------------------------
+
+
+def add_task_flags(group, name, what, weight, weight_help):
+    """Add the two flags that every term has: its tasks and its weight."""
+    group.add_argument(f"--{name}", nargs="*", metavar="TASK", help=f"{what} for the named tasks; none named: all")
+    group.add_argument(f"--{name}_weight", type=at_least_zero, default=weight, help=weight_help)
+
+
+def chosen_tasks(flags, name):
+    """The tasks of a term; none if the term is off or its weight is 0."""
+    if flags[name] is None or flags[f"{name}_weight"] == 0:
+        return ()
+    return tuple(flags[name] or flags["tasks"])
+
+
+def task_conflicts(flags, typed, name, *settings):
+    """Conflicts that every term has: settings without the term, and names that are no tasks of the run."""
+    names = [f"{name}_{setting}" for setting in settings]
+    return [*belongs(typed, names, flags[name] is not None, f"--{name}"), *among_tasks(flags, name)]
+
+
+# each form with the name of its scale
+SMART_FORMS = {"adversarial": (AdversarialSmart, "radius"), "gaussian": (GaussianSmart, "sigma")}
+
+
+def add_smart_flags(group):
+    """SMART's flags; the defaults of weight and scale are the form's own."""
+    add_task_flags(group, "smart", "SMART", None, "weight lambda; default 1, gaussian 10")
+    group.add_argument(
+        "--smart_form",
+        choices=tuple(SMART_FORMS),
+        default="adversarial",
+        help="worst perturbation within a radius, or Gaussian noise",
+    )
+    group.add_argument(
+        "--smart_radius",
+        type=positive,
+        help="size of the perturbation: its radius over the embeddings' RMS, default .03; "
+        "gaussian: the noise's standard deviation, default .05",
+    )
+
+
+def build_smart(flags, model, noise):
+    """The chosen form of SMART, if it is on."""
+    tasks, (form, scale) = chosen_tasks(flags, "smart"), SMART_FORMS[flags["smart_form"]]
+    if not tasks:
+        return {}
+    settings = {"weight": flags["smart_weight"], scale: flags["smart_radius"]}
+    settings = {name: value for name, value in settings.items() if value is not None}
+    return {"smart": form(tasks, noise("smart"), mixed_precision=flags["precision"] != "fp32", **settings)}
+
+
+def build_bregman(flags, model, noise):
+    """The Bregman term, if it is on."""
+    tasks = chosen_tasks(flags, "bregman")
+    return {"bregman": Bregman(model, flags["bregman_weight"], tasks)} if tasks else {}
+
+
+def build_lnsr(flags, model, noise):
+    """The noise stability term, if it is on."""
+    tasks = chosen_tasks(flags, "lnsr")
+    return {"lnsr": LNSR(tasks, noise("lnsr"), flags["lnsr_weight"])} if tasks else {}
+
+
+SMART = Method(
+    "SMART: smooth under perturbed embeddings (BERTer 3.2, SMARTer BERT 4.3)",
+    add_flags=add_smart_flags,
+    conflicts=lambda flags, typed: task_conflicts(flags, typed, "smart", "form", "weight", "radius"),
+    needs=lambda flags: {"embeddings"} if chosen_tasks(flags, "smart") else set(),
+    terms=build_smart,
+)
+BREGMAN = Method(
+    "Bregman proximal point: stay close to a slow average (layer-level adaptations 3.1.2)",
+    add_flags=lambda group: add_task_flags(group, "bregman", "Bregman proximal point", 1.0, "weight mu"),
+    conflicts=lambda flags, typed: task_conflicts(flags, typed, "bregman", "weight"),
+    terms=build_bregman,
+)
+NOISE_STABILITY = Method(
+    "layer-wise noise stability (Hua et al. 2021)",
+    add_flags=lambda group: add_task_flags(
+        group, "lnsr", "noise stability", 1.0, "weight; a mean over units and layers, so 1 changes little"
+    ),
+    conflicts=lambda flags, typed: [
+        *task_conflicts(flags, typed, "lnsr", "weight"),
+        (
+            flags["option"] == "pretrain" and bool(chosen_tasks(flags, "lnsr")),
+            "--lnsr makes BERT's layers stable, --option pretrain freezes them: leave one out",
+        ),
+    ],
+    needs=lambda flags: {"embeddings"} if chosen_tasks(flags, "lnsr") else set(),
+    terms=build_lnsr,
+)

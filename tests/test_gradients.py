@@ -1,12 +1,14 @@
 """PCGrad and GradVac: two-dimensional examples by hand, and the direct algorithms on whole vectors."""
 
+import argparse
 import io
 
 import pytest
 import torch
 from tiny import make_batch, make_model
 
-from gradients import BETA, GradVac, PCGrad, Sum
+from gradients import BETA, COMBINERS, SURGERY, Combiner, GradVac, PCGrad, Sum
+from methods import Method
 from optimizer import AdamW
 
 METHODS = [PCGrad, GradVac]
@@ -267,7 +269,7 @@ def tiny_losses(model):
     """One loss per task of the tiny model."""
     for name, task in model.tasks.items():
         batch = make_batch(task, seed=3)
-        yield name, task.loss(model(batch).logits[model.depth], batch.labels).mean()
+        yield name, task.objective.loss(model(batch).logits[model.depth], batch.labels).mean()
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -285,21 +287,21 @@ def test_on_a_model_equals_the_algorithm_on_vectors(method):
     for task, loss in tiny_losses(model):
         combiner.add(task, loss)
     combiner.combine()
-    given = dict(model.named_parameters())
-    update = torch.cat([given[name].grad.flatten() for name in shared])
+    after = dict(model.named_parameters())
+    update = torch.cat([after[name].grad.flatten() for name in shared])
     torch.testing.assert_close(update, expected, rtol=1e-10, atol=1e-12)
     for first, second in (("sst", "para"), ("sst", "sts"), ("para", "sts")):
         cosine = torch.nn.functional.cosine_similarity(flat[first], flat[second], dim=0)
         torch.testing.assert_close(combiner.cosines[f"{first}-{second}"], cosine, rtol=1e-10, atol=1e-12)
     for task in own:
         for name in (f"heads.{task}.weight", f"heads.{task}.bias"):
-            torch.testing.assert_close(given[name].grad, own[task][name], rtol=1e-12, atol=0)
+            torch.testing.assert_close(after[name].grad, own[task][name], rtol=1e-12, atol=0)
     unused = {name for name in names if all(own[task][name] is None for task in own)}
     assert any(name.startswith("exits.") for name in unused)
-    assert {name for name in names if given[name].grad is None} == unused
-    before = {name: given[name].detach().clone() for name in names}
+    assert {name for name in names if after[name].grad is None} == unused
+    before = {name: after[name].detach().clone() for name in names}
     AdamW(parameters, lr=1e-2, weight_decay=0.1).step()
-    assert {name for name in names if torch.equal(given[name], before[name])} == unused
+    assert {name for name in names if torch.equal(after[name], before[name])} == unused
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -345,3 +347,54 @@ def test_sum_is_plain_backward():
     for parameter, gradient in zip(model.parameters(), expected, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-10, atol=1e-12)
     assert combiner.cosines == {}
+
+
+# --- the base class and the record ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", COMBINERS.values())
+def test_every_combiner_has_all_of_the_interface(method):
+    """The loop and the saved state need no question about which combiner they have."""
+    parameter = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    combiner = method([parameter], generator())
+    assert isinstance(combiner, Combiner) and combiner.cosines == {}
+    later = method([parameter], generator(3))
+    later.load_state_dict(combiner.state_dict())
+    assert later.state_dict().keys() == combiner.state_dict().keys()
+    assert (combiner.state_dict() == {}) == (method is Sum)
+    combiner.add("sst", parameter @ vector(1, 2))
+    combiner.combine()
+    assert torch.equal(parameter.grad, vector(1, 2))
+
+
+def surgery_parser():
+    """A parser with the record's flags alone."""
+    parser = argparse.ArgumentParser()
+    SURGERY.add_flags(parser.add_argument_group(SURGERY.title))
+    return parser
+
+
+def test_the_flag_reads_the_registry_when_the_parser_is_made(monkeypatch, capsys):
+    monkeypatch.setitem(COMBINERS, "mean", type("Mean", (Sum,), {}))
+    assert surgery_parser().parse_args(["--gradients", "mean"]).gradients == "mean"
+    monkeypatch.delitem(COMBINERS, "mean")
+    with pytest.raises(SystemExit):
+        surgery_parser().parse_args(["--gradients", "mean"])
+    assert "--gradients" in capsys.readouterr().err
+
+
+def test_the_record_of_gradient_surgery():
+    assert isinstance(SURGERY, Method)
+    flags = vars(surgery_parser().parse_args([])) | {"tasks": ["sst"], "step": "one_task"}
+    assert flags["gradients"] == "sum" and SURGERY.needs(flags) == set()
+    assert not any(applies for applies, _ in SURGERY.conflicts(flags, {"step"}))
+    for name in ("pcgrad", "gradvac"):
+        flags |= {"gradients": name}
+        assert SURGERY.needs(flags) == {"all_tasks"}
+        sentences = [sentence for applies, sentence in SURGERY.conflicts(flags, {"step"}) if applies]
+        assert [word in line for word, line in zip(("--tasks", "--step one_task"), sentences, strict=True)] == [
+            True
+        ] * 2
+        assert all(f"--gradients {name}" in sentence for sentence in sentences)
+        fine = flags | {"tasks": ["sst", "para"], "step": None}
+        assert not any(applies for applies, _ in SURGERY.conflicts(fine, set()))

@@ -1,15 +1,28 @@
-"""Tests of optimizer.py against torch.optim, closed forms and transformers; read optimizer.py before it."""
+"""Tests of optimizer.py against torch.optim, closed forms and transformers."""
 
+import argparse
 import copy
 import io
 import math
 
 import pytest
 import torch
+from tiny import make_batch, make_model
 
 import optimizer
 from errors import InputError
-from optimizer import SCHEDULES, SGD, AdamW, RMSprop, clip_gradients, parameter_groups
+from methods import Method
+from optimizer import (
+    LAYER_DECAY,
+    OPTIMIZERS,
+    SCHEDULES,
+    SGD,
+    AdamW,
+    RMSprop,
+    clip_gradients,
+    layer_rates,
+    parameter_groups,
+)
 
 STEPS = 1000
 OPTIMISERS = {
@@ -17,8 +30,6 @@ OPTIMISERS = {
     "adamw-uncorrected": (AdamW, {"weight_decay": 0.1, "correct_bias": False}),
     "rmsprop": (RMSprop, {"weight_decay": 0.1}),
     "sgd": (SGD, {"weight_decay": 0.1}),
-    "momentum": (SGD, {"weight_decay": 0.1, "momentum": 0.9}),
-    "nesterov": (SGD, {"weight_decay": 0.1, "momentum": 0.9, "nesterov": True}),
 }
 
 
@@ -138,15 +149,11 @@ def test_rmsprop_is_torchs():
     )
 
 
-@pytest.mark.parametrize(("momentum", "nesterov"), [(0.0, False), (0.9, False), (0.9, True)])
-def test_sgd_is_torchs(momentum, nesterov):
-    settings = {"lr": 1e-2, "momentum": momentum, "nesterov": nesterov}
-    assert_equal_after_training(
-        lambda params: SGD(params, **settings), lambda params: torch.optim.SGD(params, **settings)
-    )
+def test_sgd_is_torchs():
+    assert_equal_after_training(lambda params: SGD(params, lr=1e-2), lambda params: torch.optim.SGD(params, lr=1e-2))
 
 
-@pytest.mark.parametrize("name", ["rmsprop", "sgd", "momentum", "nesterov"])
+@pytest.mark.parametrize("name", ["rmsprop", "sgd"])
 def test_decay_shrinks_after_the_step(name):
     build, settings = OPTIMISERS[name]
     results = []
@@ -285,8 +292,6 @@ def test_step_returns_the_closures_loss():
         (RMSprop, {"eps": -1e-8}, "eps"),
         (RMSprop, {"weight_decay": math.nan}, "weight_decay"),
         (SGD, {"lr": -1.0}, "lr"),
-        (SGD, {"momentum": 1.0}, "momentum"),
-        (SGD, {"nesterov": True}, "nesterov"),
         (SGD, {"weight_decay": -1.0}, "weight_decay"),
     ],
 )
@@ -369,7 +374,7 @@ def test_parameter_groups_split_by_decay():
     model[2].weight.requires_grad_(False)
     decayed, undecayed = parameter_groups(model.named_parameters(), 0.01)
     assert decayed["weight_decay"] == 0.01 and [id(p) for p in decayed["params"]] == [id(model[0].weight)]
-    assert undecayed["weight_decay"] == 0.0
+    assert undecayed["weight_decay"] == 0.0 and [group["rate"] for group in (decayed, undecayed)] == [1.0, 1.0]
     expected = [model[0].bias, model[1].weight, model[1].bias, model[2].bias]
     assert [id(p) for p in undecayed["params"]] == [id(p) for p in expected]
 
@@ -380,6 +385,88 @@ def test_parameter_groups_leave_out_an_empty_group():
     assert group["weight_decay"] == 0.0 and len(group["params"]) == 2
     norm.requires_grad_(False)
     assert parameter_groups(norm.named_parameters(), 0.01) == []
+
+
+def test_parameter_groups_split_by_rate_too():
+    """Two layers at .5 and 1: four groups, the full rate first, and in each pair the decayed group first."""
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+    groups = parameter_groups(model.named_parameters(), 0.01, {"0.weight": 0.5, "0.bias": 0.5})
+    described = [(group["rate"], group["weight_decay"], [id(p) for p in group["params"]]) for group in groups]
+    assert described == [
+        (1.0, 0.01, [id(model[1].weight)]),
+        (1.0, 0.0, [id(model[1].bias)]),
+        (0.5, 0.01, [id(model[0].weight)]),
+        (0.5, 0.0, [id(model[0].bias)]),
+    ]
+
+
+# --- layer-wise learning-rate decay -------------------------------------------------------------------------------
+
+
+def test_layer_rates_by_hand():
+    """Three layers and decay 1/2: embeddings 1/8, then 1/4, 1/2, 1, and 1 for pooler, heads, exits and LTE."""
+    model = make_model(exits=True)
+    rates = layer_rates(model, 0.5)
+    assert rates.keys() == dict(model.named_parameters()).keys()
+    embeddings = ("word_embedding", "pos_embedding", "tk_type_embedding", "embed_layer_norm")
+    expected = {f"bert.{name}.": 0.125 for name in embeddings}
+    expected |= {f"bert.bert_layers.{i}.": factor for i, factor in enumerate((0.25, 0.5, 1.0))}
+    expected |= dict.fromkeys(("bert.pooler_dense.", "heads.", "exits.", "lte."), 1.0)
+    for name, factor in rates.items():
+        [prefix] = [prefix for prefix in expected if name.startswith(prefix)]
+        assert factor == expected[prefix], name
+    assert all(any(name.startswith(prefix) for name in rates) for prefix in expected)
+
+
+def train_a_step(model, rates, build, lr):
+    """One step as the loop takes it; returns {name: (value before, gradient, value after)}."""
+    batch = make_batch(model.tasks["sst"])
+    optimiser = build(parameter_groups(model.named_parameters(), 0.0, rates))
+    model(batch).logits[model.depth].square().sum().backward()
+    before = {name: (p.detach().clone(), p.grad) for name, p in model.named_parameters()}
+    for group in optimiser.param_groups:
+        group["lr"] = lr * group["rate"]
+    optimiser.step()
+    return {name: (*before[name], p.detach()) for name, p in model.named_parameters()}
+
+
+def test_a_step_with_rates_moves_each_layer_by_factor_times_lr_times_gradient():
+    model = make_model()
+    rates, moved = layer_rates(model, 0.5), set()
+    for name, (before, gradient, after) in train_a_step(model, rates, SGD, lr=0.1).items():
+        if gradient is not None:
+            torch.testing.assert_close(after, before - rates[name] * 0.1 * gradient, rtol=1e-12, atol=1e-14)
+            moved |= {rates[name]} if (after != before).any() else set()
+    assert moved == {0.125, 0.25, 0.5, 1.0}
+
+
+@pytest.mark.parametrize("build", OPTIMIZERS.values())
+def test_decay_1_is_the_baseline_to_the_last_bit(build):
+    off = train_a_step(make_model(), None, build, lr=0.1)
+    on = train_a_step(make_model(), layer_rates(make_model(), 1.0), build, lr=0.1)
+    other = train_a_step(make_model(), layer_rates(make_model(), 0.9), build, lr=0.1)
+    assert all(torch.equal(off[name][2], on[name][2]) for name in off)
+    assert not all(torch.equal(off[name][2], other[name][2]) for name in off)
+
+
+def test_the_record_of_layer_decay(capsys):
+    parser = argparse.ArgumentParser()
+    LAYER_DECAY.add_flags(parser.add_argument_group(LAYER_DECAY.title))
+    assert isinstance(LAYER_DECAY, Method) and "layer_decay" in parser.format_help()
+    model = make_model()
+    for arguments, rates in (
+        ([], {}),
+        (["--layer_decay", "1"], {}),
+        (["--layer_decay", ".5"], layer_rates(model, 0.5)),
+    ):
+        assert LAYER_DECAY.rates(vars(parser.parse_args(arguments)), model) == rates
+    for text in ("0", "-1", "1.01", "nan", "much"):
+        with pytest.raises(SystemExit):
+            parser.parse_args(["--layer_decay", text])
+        assert "--layer_decay" in capsys.readouterr().err
+    for decay, option, applies in ((0.9, "pretrain", True), (1.0, "pretrain", False), (0.9, "finetune", False)):
+        [(conflict, sentence)] = LAYER_DECAY.conflicts({"layer_decay": decay, "option": option}, set())
+        assert conflict == applies and "--layer_decay" in sentence and "--option pretrain" in sentence
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

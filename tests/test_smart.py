@@ -1,5 +1,6 @@
 """SMART (both forms), Bregman and LNSR: closed forms, finite differences, and what public code gets wrong."""
 
+import argparse
 import io
 import math
 from dataclasses import replace
@@ -15,8 +16,9 @@ from base_bert import find_weights
 from bert import BertModel
 from datasets import read_dataset
 from errors import InputError
+from methods import LossTerm, Method
 from multitask_classifier import MultitaskBERT, Outputs, TaskLoss
-from smart import LNSR, AdversarialSmart, Bregman, GaussianSmart
+from smart import BREGMAN, LNSR, NOISE_STABILITY, SMART, AdversarialSmart, Bregman, GaussianSmart
 from tasks import build_tasks
 from tokenizer import BertTokenizer
 
@@ -70,7 +72,7 @@ class LinearModel(nn.Module):
             hidden = tuple(2 * h for h in hidden)
             yield i + 1, hidden
 
-    def forward(self, batch, embeds=None, start=None, exits=None):
+    def forward(self, batch, embeds=None, exits=None):
         embeds = embeds or tuple(self.table(ids) for ids, _, _ in batch.segments)
         rng = torch.get_rng_state()
         total = sum(((h @ self.w) * m).sum(-1) for h, m in zip(embeds, self.masks(batch), strict=True))
@@ -90,14 +92,15 @@ def real_tokens_rms(outputs, masks):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_ascent_follows_the_divergence_gradient_by_finite_differences(name):
+def test_the_ascent_follows_the_divergence_gradient_by_finite_differences(name, monkeypatch):
     model = make_model()
     batch = make_batch(model.tasks[name], b=2, s=5)
     outputs, weights = forward(model, batch)
-    # no clipping, so that the move is the gradient itself
-    term = AdversarialSmart([name], seeded(), radius=50.0, step=0.1, noise=0.05)
+    # a step of half the radius, so that most coordinates move by the gradient itself and are not clipped
+    monkeypatch.setattr(smart, "STEP_PER_RADIUS", 0.5)
+    term = AdversarialSmart([name], seeded(), radius=0.1)
     clean = {model.depth: outputs.logits[model.depth].detach()}
-    (start,), (final,) = term.perturb(model, batch, outputs.embeds, clean, outputs.rng, weights)
+    (start,), (final,) = term.perturb(model, batch, outputs, weights)
     numeric, small = torch.zeros_like(start), 1e-5
     with torch.no_grad():
         for j in range(start[0].numel()):
@@ -106,12 +109,15 @@ def test_the_ascent_follows_the_divergence_gradient_by_finite_differences(name):
                 moved = start.clone().flatten(1)
                 moved[:, j] += sign * small
                 noisy = model(batch, embeds=(outputs.embeds[0] + moved.view_as(start),)).logits[model.depth]
-                values.append(batch.task.divergence(noisy, clean[model.depth]))
+                values.append(batch.task.objective.divergence(noisy, clean[model.depth]))
             numeric.flatten(1)[:, j] = (values[0] - values[1]) / (2 * small)
     steepest = numeric.abs().amax(dim=(1, 2), keepdim=True)
-    expected = 0.1 * real_tokens_rms(outputs, model.masks(batch)) * numeric / steepest
-    assert torch.allclose(final - start, expected, atol=1e-6)
+    radius = 0.1 * real_tokens_rms(outputs, model.masks(batch))
+    expected = (start + 0.5 * radius * numeric / steepest).clamp(-radius, radius)
+    assert torch.allclose(final, expected, atol=1e-6)
     assert (final - start).abs().max() > 0.01
+    inside = (final.abs() < radius)[model.masks(batch)[0].bool()]
+    assert 0.4 < inside.double().mean() < 1
 
 
 def test_closed_form_on_a_linear_model():
@@ -119,7 +125,7 @@ def test_closed_form_on_a_linear_model():
     model, tasks = LinearModel(), tables("siamese")
     batch = make_batch(tasks["sts"])
     outputs, weights = forward(model, batch)
-    term = AdversarialSmart(["sts"], seeded(), weight=3.0, radius=0.1, step=1e9, noise=0.1)
+    term = AdversarialSmart(["sts"], seeded(), weight=3.0, radius=0.1)
     value = term(model, batch, outputs, weights)
     masks = model.masks(batch)
     reach = 0.1 * real_tokens_rms(outputs, masks).flatten() * sum(m.sum(-1) for m in masks)
@@ -137,8 +143,8 @@ def test_the_perturbation_moves_every_segment_within_the_radius_and_never_paddin
     model = make_model(tables(encoding), dropout=0.2).train()
     batch = make_batch(model.tasks[name])
     outputs, weights = forward(model, batch)
-    term = AdversarialSmart([name], seeded(), radius=0.02, step=0.01, noise=0.02)
-    starts, finals = term.perturb(model, batch, outputs.embeds, outputs.logits, outputs.rng, weights)
+    term = AdversarialSmart([name], seeded(), radius=0.02)
+    starts, finals = term.perturb(model, batch, outputs, weights)
     masks = model.masks(batch)
     assert len(finals) == (2 if batch.encoding == "siamese" else 1)
     radius = 0.02 * real_tokens_rms(outputs, masks)
@@ -150,12 +156,13 @@ def test_the_perturbation_moves_every_segment_within_the_radius_and_never_paddin
         assert torch.equal((final != start).any(-1), real)
 
 
-def test_longer_steps_end_on_the_edge_of_the_box():
+def test_longer_steps_end_on_the_edge_of_the_box(monkeypatch):
     model = make_model()
     batch = make_batch(model.tasks["sst"])
     outputs, weights = forward(model, batch)
-    term = AdversarialSmart(["sst"], seeded(), radius=0.02, step=1e12, noise=0.02)
-    _, (final,) = term.perturb(model, batch, outputs.embeds, outputs.logits, outputs.rng, weights)
+    monkeypatch.setattr(smart, "STEP_PER_RADIUS", 1e13)
+    term = AdversarialSmart(["sst"], seeded(), radius=0.02)
+    _, (final,) = term.perturb(model, batch, outputs, weights)
     radius = 0.02 * real_tokens_rms(outputs, model.masks(batch))
     real = model.masks(batch)[0].bool()
     assert torch.allclose(final[real].abs(), radius.expand_as(final)[real], rtol=1e-12)
@@ -164,7 +171,7 @@ def test_longer_steps_end_on_the_edge_of_the_box():
 @pytest.mark.parametrize("encoding", ENCODINGS)
 @pytest.mark.parametrize(
     "make_term",
-    [lambda: AdversarialSmart(NAMES, seeded()), lambda: GaussianSmart(NAMES, seeded()), lambda: LNSR(seeded())],
+    [lambda: AdversarialSmart(NAMES, seeded()), lambda: GaussianSmart(NAMES, seeded()), lambda: LNSR(NAMES, seeded())],
     ids=["adversarial", "gaussian", "lnsr"],
 )
 def test_an_example_has_the_same_term_whichever_examples_it_is_computed_with(make_term, encoding):
@@ -198,7 +205,7 @@ def test_the_term_is_the_weighted_divergence_summed_over_the_exits(name):
     outputs, weights = forward(model, batch, {1: 0.5, 3: 2.0})
     value = AdversarialSmart([name], seeded(), weight=4.0)(model, batch, outputs, weights)
     again = AdversarialSmart([name], seeded())
-    _, final = again.perturb(model, batch, outputs.embeds, outputs.logits, outputs.rng, weights)
+    _, final = again.perturb(model, batch, outputs, weights)
     noisy = model(batch, embeds=smart.add(outputs.embeds, final), exits=(1, 3)).logits
     expected = sum(w * reference_divergence(name, noisy[i], outputs.logits[i]) for i, w in weights.items())
     assert torch.allclose(value, 4 * expected, rtol=1e-6)
@@ -214,8 +221,8 @@ def test_layers_above_the_deepest_exit_do_not_run():
         (AdversarialSmart(["sst"], seeded()), 2),
         (AdversarialSmart(["sst"], seeded(), mixed_precision=True), 3),
         (GaussianSmart(["sst"], seeded()), 1),
-        (LNSR(seeded()), 2),
-        (Bregman(model), 1),
+        (LNSR(NAMES, seeded()), 2),
+        (Bregman(model, 1.0, NAMES), 1),
     ):
         seen.clear()
         term(model, batch, outputs, weights)
@@ -231,20 +238,21 @@ def test_the_ascent_leaves_no_gradient_in_the_parameters():
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
-def test_both_passes_have_the_same_dropout_masks(encoding):
+def test_both_passes_have_the_same_dropout_masks(encoding, monkeypatch):
     """With other masks the term would stay as large as two training passes differ, however small the noise is."""
     model = make_model(tables(encoding), dropout=0.3, exits=True).train()
     batch = make_batch(model.tasks["para"])
     outputs, weights = forward(model, batch, {2: 1.0, 3: 1.0})
     other, _ = forward(model, batch, weights)
-    floor = batch.task.divergence(outputs.logits[3], other.logits[3]).mean()
+    floor = batch.task.objective.divergence(outputs.logits[3], other.logits[3]).mean()
     before = torch.get_rng_state()
     for mixed in (False, True):
-        term = AdversarialSmart(["para"], seeded(), radius=1e-6, step=1e-4, noise=1e-6, mixed_precision=mixed)
+        term = AdversarialSmart(["para"], seeded(), radius=1e-6, mixed_precision=mixed)
         assert term(model, batch, outputs, weights).max() < 1e-6 * floor
         still = GaussianSmart(["para"], seeded(), sigma=0.0, mixed_precision=mixed)
         assert (still(model, batch, outputs, weights) == 0).all()
-    assert (LNSR(seeded(), sigma=0.0)(model, batch, outputs, weights) == 0).all()
+    monkeypatch.setattr(smart, "LNSR_SIGMA", 0.0)
+    assert (LNSR(NAMES, seeded())(model, batch, outputs, weights) == 0).all()
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -265,7 +273,7 @@ def train_two_steps(make_term):
             for parameter in model.parameters():
                 if parameter.grad is not None:
                     parameter -= 0.1 * parameter.grad
-        if hasattr(term, "after_step"):
+        if term:
             term.after_step(model, 0.5)
     return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
 
@@ -275,8 +283,8 @@ def train_two_steps(make_term):
     [
         lambda model, **kw: AdversarialSmart(NAMES, seeded(), **kw),
         lambda model, **kw: GaussianSmart(NAMES, seeded(), **kw),
-        lambda model, **kw: Bregman(model, **kw),
-        lambda model, **kw: LNSR(seeded(), **kw),
+        lambda model, weight: Bregman(model, weight, NAMES),
+        lambda model, **kw: LNSR(NAMES, seeded(), **kw),
     ],
     ids=["adversarial", "gaussian", "bregman", "lnsr"],
 )
@@ -286,7 +294,7 @@ def test_weight_zero_is_bit_identical_to_off_and_weight_one_is_not(make_term):
     assert not torch.equal(train_two_steps(lambda model: make_term(model, weight=1.0)), off)
 
 
-@pytest.mark.parametrize("kind", [AdversarialSmart, GaussianSmart])
+@pytest.mark.parametrize("kind", [AdversarialSmart, GaussianSmart, LNSR])
 def test_a_task_that_is_not_named_is_left_alone(kind):
     model = make_model()
     batch = make_batch(model.tasks["sst"])
@@ -317,21 +325,25 @@ def test_under_bf16_the_term_is_that_of_a_float32_run(kind, encoding):
 
 
 @pytest.mark.parametrize(
-    "sizes",
+    ("radius", "step", "start"),
     [
-        dict(radius=1e-9, step=1e-7, noise=1e-9),  # below float32's spacing at the embeddings
-        dict(radius=0.01, step=0.0, noise=0.01),  # the start is never left
-        dict(radius=0.01, step=1.0, noise=0.0),  # no slope at the start
-        dict(radius=0.0, step=1.0, noise=0.01),
+        (1e-9, 100, 1.0),  # below float32's spacing at the embeddings
+        (0.01, 0.0, 1.0),  # the start is never left
+        (0.01, 100, 0.0),  # no slope at the start
+        (0.0, 100, 1.0),
     ],
 )
-def test_a_vanished_perturbation_stops_the_run(sizes):
+def test_a_vanished_perturbation_stops_the_run(radius, step, start, monkeypatch):
+    monkeypatch.setattr(smart, "STEP_PER_RADIUS", step)
+    draw = AdversarialSmart.draw
+    monkeypatch.setattr(AdversarialSmart, "draw", lambda *arguments: tuple(start * x for x in draw(*arguments)))
     model = make_model(dtype=torch.float32)
     batch = make_batch(model.tasks["sst"])
     outputs, weights = forward(model, batch)
     with pytest.raises(InputError, match="vanished in torch.float32") as caught:
-        AdversarialSmart(["sst"], seeded(), **sizes)(model, batch, outputs, weights)
-    assert f"--smart_radius {sizes['radius']:g}" in str(caught.value) and "\n" not in str(caught.value)
+        AdversarialSmart(["sst"], seeded(), radius=radius)(model, batch, outputs, weights)
+    message = str(caught.value)
+    assert f"--smart_radius {radius:g}:" in message and "raise --smart_radius" in message and "\n" not in message
 
 
 def test_outputs_that_never_move_stop_the_run():
@@ -367,7 +379,7 @@ def test_on_real_sentences_the_default_ascends_at_least_three_times_sign_noise(t
         noise = smart.RADIUS * real_tokens_rms(outputs, (mask,)) * signs * mask.unsqueeze(-1)
         with torch.no_grad():
             noisy = model(batch, embeds=(x + noise,)).logits[model.depth]
-            random = task.divergence(noisy, outputs.logits[model.depth]).mean()
+            random = task.objective.divergence(noisy, outputs.logits[model.depth]).mean()
         assert adversarial >= 3 * random > 0
 
 
@@ -401,7 +413,7 @@ def test_noise_is_zero_on_padding_and_its_generator_resumes():
     outputs, weights = forward(model, batch)
     term = GaussianSmart(["sts"], seeded())
     masks = model.masks(batch)
-    for noise, mask in zip(term.draw(outputs.embeds, masks), masks, strict=True):
+    for noise, mask in zip(term.draw(outputs.embeds, masks, batch), masks, strict=True):
         assert torch.equal((noise != 0).all(-1), mask.bool()) and (noise[~mask.bool()] == 0).all()
     buffer = io.BytesIO()
     torch.save(term.state_dict(), buffer)
@@ -424,7 +436,7 @@ def test_bregman_on_a_quadratic():
     """Task loss a (w - c)^2 and f = w x: the proximal minimiser is (a c + mu x^2 w_t) / (a + mu x^2)."""
     model, a, c, mu = LinearModel(d=1), 0.7, 2.0, 3.0
     batch = make_batch(build_tasks()["sts"], b=1, s=4)
-    term = Bregman(model, weight=mu)
+    term = Bregman(model, mu, NAMES)
     teacher = model.w.detach().clone()
     with torch.no_grad():
         x = (forward(model, batch)[0].logits[model.depth] / model.w).view(1)
@@ -438,7 +450,7 @@ def test_bregman_on_a_quadratic():
 
 def test_bregman_for_some_tasks_leaves_the_others_alone():
     model = make_model()
-    term = Bregman(model, tasks=["sts"])
+    term = Bregman(model, 1.0, ["sts"])
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.1
@@ -450,7 +462,7 @@ def test_the_teacher_is_the_average_by_hand_after_three_steps():
     """Early steps keep .99 of the teacher, later ones .999: from 1, with weights 2, 3 and 4."""
     model = LinearModel(d=1)
     nn.init.ones_(model.w)
-    term = Bregman(model)
+    term = Bregman(model, 1.0, NAMES)
     for value, progress in ((2.0, 0.0), (3.0, 0.05), (4.0, 0.1)):
         nn.init.constant_(model.w, value)
         term.after_step(model, progress)
@@ -461,10 +473,10 @@ def test_the_teacher_is_the_average_by_hand_after_three_steps():
 def test_the_teacher_has_no_gradient_and_no_dropout():
     model = make_model(dropout=0.4, exits=True).train()
     batch = make_batch(model.tasks["sst"])
-    term = Bregman(model)
+    term = Bregman(model, 1.0, NAMES)
     outputs, weights = forward(model, batch, {2: 1.0, 3: 0.5})
     before = torch.get_rng_state()
-    answers = term.answer(model, batch, weights)
+    answers = term.teacher_logits(model, batch, weights)
     assert all(module.training for module in model.modules())
     assert torch.equal(torch.get_rng_state(), before)
     assert all(not logits.requires_grad for logits in answers.values())
@@ -480,7 +492,7 @@ def test_the_teacher_has_no_gradient_and_no_dropout():
 def test_at_the_start_the_divergence_without_dropout_is_zero_and_then_grows():
     model = make_model()
     batch = make_batch(model.tasks["para"])
-    term = Bregman(model)
+    term = Bregman(model, 1.0, NAMES)
     outputs, weights = forward(model, batch)
     assert (term(model, batch, outputs, weights) == 0).all()
     with torch.no_grad():
@@ -492,7 +504,7 @@ def test_at_the_start_the_divergence_without_dropout_is_zero_and_then_grows():
 def test_the_teacher_is_saved_and_resumed():
     torch.manual_seed(0)
     model = make_model()
-    term, later = Bregman(model), Bregman(make_model(seed=7))
+    term, later = Bregman(model, 1.0, NAMES), Bregman(make_model(seed=7), 1.0, NAMES)
     for parameter in model.parameters():
         nn.init.normal_(parameter)
     term.after_step(model, 0.0)
@@ -512,7 +524,7 @@ def test_parameters_that_a_phase_does_not_train_stay_equal_in_the_teacher():
     prefix = "bert.bert_layers.0."
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.startswith(prefix))
-    term = Bregman(model)
+    term = Bregman(model, 1.0, NAMES)
     batch = make_batch(model.tasks["sts"])
     with torch.no_grad():
         for parameter in model.bert.bert_layers[0].parameters():
@@ -534,9 +546,9 @@ def test_lnsr_equals_the_sum_written_out(name, encoding):
     model = make_model(tables(encoding), exits=True)
     batch = make_batch(model.tasks[name])
     outputs, weights = forward(model, batch, {1: 1.0, 2: 1.0})
-    value = LNSR(seeded(), weight=2.0, sigma=0.1)(model, batch, outputs, weights)
+    value = LNSR(NAMES, seeded(), weight=2.0)(model, batch, outputs, weights)
     masks, generator, total, tokens = model.masks(batch), seeded(), 0.0, 0
-    scale = 0.1 * real_tokens_rms(outputs, masks)
+    scale = smart.LNSR_SIGMA * real_tokens_rms(outputs, masks)
     for x, mask in zip(outputs.embeds, masks, strict=True):
         noise = torch.randn(x.shape, generator=generator, dtype=x.dtype) * mask[..., None]
         extended = model.bert.extend_mask(mask, x.dtype)
@@ -555,7 +567,7 @@ def test_lnsr_on_a_linear_model():
     model = LinearModel()
     batch = make_batch(build_tasks()["sst"])
     outputs, weights = forward(model, batch)
-    value = LNSR(seeded(), sigma=0.05)(model, batch, outputs, weights)
+    value = LNSR(NAMES, seeded())(model, batch, outputs, weights)
     (mask,), (x,) = model.masks(batch), outputs.embeds
     noise = torch.randn(x.shape, generator=seeded(), dtype=x.dtype)
     noise = 0.05 * real_tokens_rms(outputs, (mask,)) * noise
@@ -569,7 +581,119 @@ def test_lnsr_works_under_bf16_training():
     batch = make_batch(model.tasks["para"])
     with torch.autocast("cpu", dtype=torch.bfloat16):
         outputs, weights = forward(model, batch)
-    value = LNSR(seeded())(model, batch, outputs, weights)
+    value = LNSR(NAMES, seeded())(model, batch, outputs, weights)
     assert value.dtype == torch.float32 and (value > 0).all()
     value.sum().backward()
     assert all(p.grad.isfinite().all() for p in model.bert.bert_layers.parameters())
+
+
+# --- the records --------------------------------------------------------------------------------------------------
+
+RECORDS = {"smart": SMART, "bregman": BREGMAN, "lnsr": NOISE_STABILITY}
+
+
+def parse(text):
+    """The flags of the three records, with those of other files that they read, and the names that were typed."""
+    parser = argparse.ArgumentParser()
+    for record in RECORDS.values():
+        record.add_flags(parser.add_argument_group(record.title))
+    flags = vars(parser.parse_args(text.split()))
+    typed = {word[2:] for word in text.split() if word.startswith("--")}
+    return flags | {"tasks": list(NAMES), "option": "finetune", "precision": "fp32"}, typed
+
+
+def build_terms(text, model, **other):
+    """The terms that the records build for a command line, and the purposes that they draw noise for."""
+    purposes, terms = [], {}
+
+    def noise(purpose):
+        purposes.append(purpose)
+        return seeded()
+
+    for record in RECORDS.values():
+        terms |= record.terms(parse(text)[0] | other, model, noise)
+    return terms, purposes
+
+
+@pytest.mark.parametrize(
+    "text", ["", "--smart --smart_weight 0", "--bregman --bregman_weight 0", "--lnsr --lnsr_weight 0"]
+)
+def test_a_term_that_is_off_or_weighs_nothing_is_not_built(text):
+    assert all(isinstance(record, Method) for record in RECORDS.values())
+    assert build_terms(text, make_model()) == ({}, [])
+    assert [record.needs(parse(text)[0]) for record in (SMART, NOISE_STABILITY)] == [set(), set()]
+
+
+def test_the_records_build_what_the_flags_say():
+    model = make_model()
+    terms, purposes = build_terms("--smart --bregman sts --lnsr para sst --lnsr_weight 7", model)
+    assert list(terms) == ["smart", "bregman", "lnsr"] and purposes == ["smart", "lnsr"]
+    assert all(isinstance(term, LossTerm) for term in terms.values())
+    assert [term.tasks for term in terms.values()] == [NAMES, ("sts",), ("para", "sst")]
+    assert [term.weight for term in terms.values()] == [1.0, 1.0, 7.0]
+    assert isinstance(terms["smart"], AdversarialSmart) and terms["smart"].radius == smart.RADIUS
+    assert not terms["smart"].mixed_precision
+
+    terms, _ = build_terms("--smart sst --smart_radius .2 --smart_weight 3 --bregman_weight 2 --bregman", model)
+    assert (terms["smart"].tasks, terms["smart"].radius, terms["smart"].weight) == (("sst",), 0.2, 3.0)
+    assert (terms["bregman"].tasks, terms["bregman"].weight) == (NAMES, 2.0)
+
+    for text, sigma, weight in (("", 0.05, 10.0), (" --smart_radius .2 --smart_weight 3", 0.2, 3.0)):
+        terms, _ = build_terms("--smart --smart_form gaussian" + text, model, precision="bf16")
+        assert isinstance(terms["smart"], GaussianSmart) and terms["smart"].mixed_precision
+        assert (terms["smart"].sigma, terms["smart"].weight) == (sigma, weight)
+
+
+def test_the_published_proportions():
+    """Start, step and radius 1e-5, 1e-3, 1e-5: the step is 100 radii, the start's standard deviation is one."""
+    assert smart.STEP_PER_RADIUS == 100 and smart.STEP_PER_RADIUS * smart.RADIUS == 3.0
+
+
+def test_only_terms_that_look_at_the_embeddings_forbid_cached_features():
+    needs = {name: record.needs(parse(f"--{name}")[0]) for name, record in RECORDS.items()}
+    assert {name: set(need) for name, need in needs.items()} == {
+        "smart": {"embeddings"},
+        "bregman": set(),
+        "lnsr": {"embeddings"},
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("--smart_weight 2", "--smart_weight belongs to --smart"),
+        ("--smart_form gaussian", "--smart_form belongs to --smart"),
+        ("--smart_radius 2", "--smart_radius belongs to --smart"),
+        ("--bregman_weight 2", "--bregman_weight belongs to --bregman"),
+        ("--lnsr_weight 2", "--lnsr_weight belongs to --lnsr"),
+        ("--smart sst cfimdb", "--smart cfimdb: not among --tasks sst para sts"),
+        ("--bregman cfimdb", "--bregman cfimdb: not among"),
+        ("--lnsr cfimdb", "--lnsr cfimdb: not among"),
+        (
+            "--smart --smart_form gaussian --smart_radius .1 --bregman sst --bregman_weight 2 --lnsr --lnsr_weight 3",
+            None,
+        ),
+        ("", None),
+    ],
+)
+def test_conflicts(text, words):
+    flags, typed = parse(text)
+    pairs = [pair for record in RECORDS.values() for pair in record.conflicts(flags, typed)]
+    assert [sentence for applies, sentence in pairs if applies and words not in sentence] == []
+    assert sum(applies for applies, _ in pairs) == (words is not None)
+
+
+@pytest.mark.parametrize(("text", "applies"), [("--lnsr", True), ("--lnsr --lnsr_weight 0", False), ("--smart", False)])
+def test_noise_stability_of_frozen_layers_is_refused(text, applies):
+    flags, typed = parse(text)
+    pairs = NOISE_STABILITY.conflicts(flags | {"option": "pretrain"}, typed)
+    assert any("--option pretrain" in sentence for refused, sentence in pairs if refused) == applies
+
+
+@pytest.mark.parametrize(
+    "text", ["--smart_weight -1", "--smart_radius 0", "--bregman_weight nan", "--smart_form other"]
+)
+def test_bad_values_are_refused(text, capsys):
+    with pytest.raises(SystemExit):
+        parse(text)
+    assert text.split()[0] in capsys.readouterr().err
