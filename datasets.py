@@ -1,22 +1,23 @@
-"""From a course CSV to padded batches: strict reading, compact storage, pair encodings.
+"""Datasets: read a task's CSV files, tokenize the texts once, and cut padded batches from them.
 
-Read first: tokenizer.py, tasks.py.
+A file is read once. Every text is tokenized once, and its token ids are a slice of one flat array. So 400,000 pairs
+of questions are a few arrays instead of millions of Python objects. A task's encoding says how a row becomes the input
+of BERT. A segment is one padded sequence with a mask and segment ids:
 
-A file is read once. Each text is tokenised once and kept as a slice of one flat array of token ids, so that 400,000
-question pairs are a handful of arrays and not millions of Python objects. A batch is cut from those slices:
+    encoding      input of BERT                        segment ids        segments
+    single        [CLS] A [SEP]                        0                  one
+    concat        [CLS] A [SEP] B [SEP]                0...0 1...1        one, BERT's usual form of a pair
+    embed_concat  [CLS] A [SEP]  and  [CLS] B [SEP]    0...0 and 1...1    two, which the model joins after the embedding
+    siamese       [CLS] A [SEP]  and  [CLS] B [SEP]    0...0 and 0...0    two, which BERT encodes one by one
 
-    single        [CLS] A [SEP]                        segment ids 0            one segment
-    concat        [CLS] A [SEP] B [SEP]                0...0 1...1              one segment (ordinary BERT packing)
-    embed_concat  [CLS] A [SEP]  and  [CLS] B [SEP]    0...0 and 1...1          two segments, joined after embedding
-    siamese       [CLS] A [SEP]  and  [CLS] B [SEP]    0...0 and 0...0          two segments, encoded apart
-
-A pair is joined before it is padded: joined after padding, the positions of B (and so the prediction) would depend
-on the longest A of the batch. Labels stay real numbers: an STS score of 4.2 must not become 4.
+A pair is packed before it is padded. If padding stood between A and B, then the positions of B, and with them the
+prediction, would depend on the longest A of the batch. Labels stay real numbers: a similarity of 4.2 must not become 4.
 """
 
 import csv
 import math
 from array import array
+from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,21 +25,23 @@ import numpy as np
 import torch
 
 from errors import InputError
-from tasks import TASK_NAMES, build_tasks
-from tokenizer import truncate_pair
+from tokenizer import pad, truncate_pair
 
 SPLITS = ("train", "dev", "test")
-# more unusable rows than this share of a file is a broken file, not a quirk
-TOLERATED = 0.01
+SAMPLE = Path(__file__).parent / "data" / "sample"
+# {encoding: number of [CLS] and [SEP] among the tokens that one attention sees}
+SPECIALS = {"single": 2, "concat": 3, "embed_concat": 4, "siamese": 2}
+# A file may have a few rows that are not usable. If it has a larger share of them, something is wrong with the file.
+MAX_UNUSABLE = 0.01
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Examples of one task, padded to the longest of them.
+    """Some rows of one task, padded to the longest of them.
 
-    Shapes: each segment is (input_ids [b,s], mask [b,s], types [b,s]); labels [b] or None;
-        features [b,w], where the state that the head sees is known beforehand (a frozen BERT), else None.
-    `share` is (positions, n) where these are some of the n rows of a batch that several processes share.
+    Shapes: each segment is (input_ids [b,s], mask [b,s], types [b,s]); labels [b] or None; features [b,w] or None.
+    With `features` there are no segments: they are the cached states of a frozen BERT, the input of the head.
+    `share` is (positions, n) if these rows are a process's part of a batch of n rows; positions are their places in it.
     """
 
     task: object
@@ -53,26 +56,28 @@ class Batch:
         return len(self.ids)
 
     def to(self, device):
-        """The same batch on another device."""
+        """Return the same batch on another device."""
         if device.type == "cpu":
             return self
 
         def move(x):
-            return None if x is None else x.pin_memory().to(device, non_blocking=True) if pin else x.to(device)
+            if x is None:
+                return None
+            # CUDA copies from pinned memory while the GPU computes; other devices cannot do this
+            return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
-        pin = device.type == "cuda"
         segments = tuple(tuple(move(x) for x in segment) for segment in self.segments)
         return replace(self, segments=segments, labels=move(self.labels), features=move(self.features))
 
 
 class Ragged:
-    """Sequences of unequal length in one flat array: item i is flat[offsets[i]:offsets[i + 1]]."""
+    """Sequences of unequal length in one flat array: sequence i is flat[offsets[i]:offsets[i + 1]]."""
 
     def __init__(self, typecode):
         self.flat, self.offsets = array(typecode), array("q", [0])
 
     def append(self, values):
-        """Add one sequence (an iterable of numbers, or bytes)."""
+        """Append one sequence: bytes, or an iterable of numbers."""
         if isinstance(values, bytes):
             self.flat.frombytes(values)
         else:
@@ -80,166 +85,176 @@ class Ragged:
         self.offsets.append(len(self.flat))
 
     def freeze(self):
-        """Turn the growing arrays into numpy views."""
+        """Turn the growing arrays into numpy arrays, which use the same memory."""
         self.flat, self.offsets = np.asarray(self.flat), np.asarray(self.offsets)
-        return self
 
     def __getitem__(self, i):
         return self.flat[self.offsets[i] : self.offsets[i + 1]]
 
     def lengths(self):
-        """Length of every sequence. Shapes: [n]."""
+        """Return the length of every sequence. Shapes: [n]."""
         return np.diff(self.offsets)
 
 
 class Dataset:
-    """The examples of one file, with their texts, token ids and labels.
+    """The rows of one file: ids, texts, token ids and labels.
 
-    `labels` is NaN where a row has none; `usable` marks the rows to train and score on (a label and no empty text);
-    `features`, where set, is one state vector per row (a frozen BERT computes it once).
+    `labels` is NaN for a row without a label. `usable` lists the rows for training and scoring: they have a label and
+    no empty text. `tokens` has all tokens of every text, also of a long one; only `pack` truncates.
     """
 
     def __init__(self, task, path, tokenizer, max_length):
         self.task, self.path, self.tokenizer, self.max_length = task, path, tokenizer, max_length
+        # ids and texts as UTF-8 bytes; for texts and tokens one Ragged for each text column of the task
         self.ids, self.texts = Ragged("B"), [Ragged("B") for _ in task.columns]
         self.tokens = [Ragged("i") for _ in task.columns]
-        self.labels, self.features, self.truncated = array("d"), None, 0
+        # freeze sets usable, with_features sets features
+        self.labels, self.features, self.usable = array("d"), None, None
 
     def add(self, identifier, texts, label):
-        """Append one row; texts are tokenised and, beyond the model's length, cut."""
+        """Append one row and tokenize its texts."""
         self.ids.append(identifier.encode())
-        tokens = [self.tokenizer.encode(text) for text in texts]
         for i, text in enumerate(texts):
             self.texts[i].append(text.encode())
-            self.tokens[i].append(tokens[i][: self.max_length])
-        self.truncated += self.is_cut([len(part) for part in tokens])
+            self.tokens[i].append(self.tokenizer.encode(text))
         self.labels.append(label)
 
-    def is_cut(self, lengths):
-        """Whether texts of these lengths do not fit as a whole."""
-        together = max if self.task.encoding == "siamese" else sum
-        return together(lengths) > self.room
-
-    @property
-    def specials(self):
-        """[CLS] and [SEP] among the tokens that attention sees at once."""
-        return {"siamese": 2, "embed_concat": 4}.get(self.task.encoding, 1 + len(self.tokens))
-
-    @property
-    def room(self):
-        """Tokens left for texts beside them."""
-        return self.max_length - self.specials
-
     def freeze(self):
-        """Finish reading: growing arrays become numpy arrays."""
+        """Finish reading: the growing arrays become numpy arrays. Returns the dataset."""
         for ragged in (self.ids, *self.texts, *self.tokens):
             ragged.freeze()
         self.labels = np.asarray(self.labels)
-        self.empty = np.any([tokens.lengths() == 0 for tokens in self.tokens], axis=0)
-        self.usable = np.flatnonzero(~np.isnan(self.labels) & ~self.empty)
+        # [n], true if one of the texts has no tokens
+        empty = np.any([tokens.lengths() == 0 for tokens in self.tokens], axis=0)
+        self.usable = np.flatnonzero(~np.isnan(self.labels) & ~empty)
         return self
+
+    def with_features(self, states):
+        """Return a copy of this dataset whose batches have these states as features, instead of segments.
+
+        A frozen BERT computes the same state of a row in every epoch, so its states are computed once and cached.
+        Shapes: [n,w], one state for each row of the dataset.
+        """
+        # the copy shares all arrays with the original
+        other = copy(self)
+        other.features = states
+        return other
 
     def __len__(self):
         return len(self.labels)
 
     def identifier(self, row):
-        """The id column of a row."""
+        """Return a row's id."""
         return self.ids[row].tobytes().decode()
 
     def text(self, row):
-        """The texts of a row, one per column."""
+        """Return a row's texts as a tuple: one text, or the two of a pair."""
         return tuple(column[row].tobytes().decode() for column in self.texts)
 
-    def lengths(self):
-        """Length of every example as it enters BERT (the longer pass of a siamese pair). Shapes: [n]."""
-        together = np.max if self.task.encoding == "siamese" else np.sum
-        return np.minimum(together([tokens.lengths() for tokens in self.tokens], axis=0), self.room) + self.specials
+    @property
+    def room(self):
+        """The number of tokens that remain for texts when the special tokens have their places."""
+        return self.max_length - SPECIALS[self.task.encoding]
 
-    def sequences(self, row):
-        """Token ids and segment ids of one row: a list with one (ids, types) per segment."""
-        cls, sep = [self.tokenizer.cls_id], [self.tokenizer.sep_id]
-        parts = [tokens[row].tolist() for tokens in self.tokens]
-        if self.task.encoding == "concat":
-            a, b = truncate_pair(*parts, self.room)
-            return [(cls + a + sep + b + sep, [0] * (len(a) + 2) + [1] * (len(b) + 1))]
+    def text_lengths(self):
+        """Return the number of tokens of every row's texts before truncation.
+
+        The two texts of a pair count in total; for a siamese pair only the longer one counts. Shapes: [n].
+        """
+        # BERT sees the texts of a siamese pair one by one, and those of other pairs at once
+        total = np.max if self.task.encoding == "siamese" else np.sum
+        return total([tokens.lengths() for tokens in self.tokens], axis=0)
+
+    def lengths(self):
+        """Return the number of tokens of every row as it enters BERT (of a siamese pair: of its longer text).
+
+        These are the lengths after truncation and with the special tokens. Shapes: [n].
+        """
+        return np.minimum(self.text_lengths(), self.room) + SPECIALS[self.task.encoding]
+
+    @property
+    def truncated(self):
+        """The number of rows that are too long and lose tokens."""
+        return int((self.text_lengths() > self.room).sum())
+
+    def pack(self, row):
+        """Add the special tokens of one row and truncate it. Returns a list with (ids, segment ids) of each segment."""
+        texts, limit = [tokens[row].tolist() for tokens in self.tokens], self.max_length
         if self.task.encoding == "embed_concat":
-            # attention sees both halves at once: together they may not be longer than one packed pair
-            parts = truncate_pair(*parts, self.room)
-        else:
-            parts = [part[: self.room] for part in parts]
-        second = 1 if self.task.encoding == "embed_concat" else 0
-        return [(cls + part + sep, [i * second] * (len(part) + 2)) for i, part in enumerate(parts)]
+            # one attention sees both segments, so the two texts share the room
+            first, second = (self.tokenizer.pack(text)[0] for text in truncate_pair(*texts, self.room))
+            return [(first, [0] * len(first)), (second, [1] * len(second))]
+        if self.task.encoding == "siamese":
+            # each text has all the room, and segment id 0
+            return [self.tokenizer.pack(text, limit=limit) for text in texts]
+        # single has one text here, concat two
+        return [self.tokenizer.pack(*texts, limit=limit)]
 
     def widths(self, rows):
-        """Length of the longest of the given rows in every segment."""
-        columns = [tokens.offsets[rows + 1] - tokens.offsets[rows] for tokens in self.tokens]
+        """Return the length of the longest of these rows, for each segment."""
+        # one array for each text, with one length for each of the rows
+        lengths = [tokens.offsets[rows + 1] - tokens.offsets[rows] for tokens in self.tokens]
         if self.task.encoding == "concat":
-            return [min(sum(columns).max(), self.room) + self.specials]
+            return [min(sum(lengths).max(), self.room) + SPECIALS["concat"]]
         if self.task.encoding == "embed_concat":
-            # ranges stand in for the tokens: only their lengths are wanted
-            pairs = [truncate_pair(range(a), range(b), self.room) for a, b in zip(*columns, strict=True)]
-            columns = [np.array([len(part) for part in column]) for column in zip(*pairs, strict=True)]
-        return [min(column.max(), self.room) + 2 for column in columns]
+            # truncate_pair cuts a range like a list of tokens; only the lengths of the two parts count here
+            pairs = [truncate_pair(range(a), range(b), self.room) for a, b in zip(*lengths, strict=True)]
+            lengths = [np.array([len(part) for part in column]) for column in zip(*pairs, strict=True)]
+        # every segment has one text, with the special tokens of a single text
+        return [min(column.max(), self.room) + SPECIALS["single"] for column in lengths]
 
     def batch(self, rows, positions=slice(None)):
-        """Cut a Batch from the given rows, in their order, or from some positions of them, padded like all of them."""
-        rows = np.asarray(rows, dtype=np.int64)
-        whole, rows = rows, rows[positions]
+        """Make a Batch of these rows, in their order.
+
+        If several processes share a batch, each process passes the rows of the entire batch, and the positions of its
+        own rows among them. Every process pads to the longest row of the entire batch, so that all have equal widths.
+        """
+        all_rows = np.asarray(rows, dtype=np.int64)
+        rows = all_rows[positions]
         segments, features = (), None
         if self.features is not None:
+            # [n,w] -> [b,w]
             features = self.features[torch.from_numpy(rows)]
         else:
-            examples = [self.sequences(row) for row in rows]
-            segments = tuple(
-                pad(segment, width, self.tokenizer.pad_id)
-                for segment, width in zip(zip(*examples, strict=True), self.widths(whole), strict=True)
-            )
+            # turn a list of segments for each row into a list of rows for each segment
+            by_segment = zip(*(self.pack(row) for row in rows), strict=True)
+            sizes = zip(by_segment, self.widths(all_rows), strict=True)
+            segments = tuple(pad(sequences, self.tokenizer.pad_id, width) for sequences, width in sizes)
+        # [b]; the loss compares in float32
         labels = torch.from_numpy(self.labels[rows].astype(np.float32))
         ids = tuple(self.identifier(row) for row in rows)
-        return Batch(self.task, self.task.encoding, segments, labels, ids, features, (positions, len(whole)))
-
-
-def pad(sequences, width, pad_id):
-    """Pad (ids, types) sequences to a width.
-
-    Shapes: three int64 tensors [b,s]: input_ids, mask, types.
-    """
-    lengths = [len(ids) for ids, _ in sequences]
-    shape = (len(sequences), width)
-    input_ids = np.full(shape, pad_id, dtype=np.int64)
-    mask, types = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
-    for i, (ids, segment) in enumerate(sequences):
-        input_ids[i, : lengths[i]], types[i, : lengths[i]], mask[i, : lengths[i]] = ids, segment, 1
-    return tuple(torch.from_numpy(x) for x in (input_ids, mask, types))
+        return Batch(self.task, self.task.encoding, segments, labels, ids, features, (positions, len(all_rows)))
 
 
 def bucketed_batches(lengths, batch_size, rng, pool=32):
-    """Cut shuffled positions 0..n-1 into batches of similar length, in random order.
+    """Divide the positions 0..n-1 into batches of similar length, in random order.
 
-    Sorting by length within pools of `pool` batches halves the padding and keeps the order random: which rows
-    share a pool, the order of rows of one length, and the order of the batches all come from rng.
-    Shapes: lengths [n] -> list of int arrays that together hold every position once.
+    The positions are shuffled and divided into pools of `pool` batches; each pool is sorted by length and cut into
+    batches. This halves the padding, and the order stays random: rng determines which rows share a pool, the order of
+    rows of equal length, and the order of the batches.
+    Shapes: lengths [n] -> a list of int arrays, which contain every position once.
     """
     order = rng.permutation(len(lengths))
     batches = []
     for start in range(0, len(order), batch_size * pool):
         chunk = order[start : start + batch_size * pool]
+        # a stable sort keeps the random order of rows of equal length
         chunk = chunk[np.argsort(lengths[chunk], kind="stable")]
         batches += [chunk[i : i + batch_size] for i in range(0, len(chunk), batch_size)]
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
-# --- reading ------------------------------------------------------------------------------------------------------
+# --- reading a file -----------------------------------------------------------------------------------------------
 
 
 def decoded_lines(path):
-    """Yield the lines of a text file, one by one: a decoded copy of the whole would be several times its size."""
+    """Yield the lines of a text file one by one, because the entire decoded text would need several times its size."""
     try:
         with open(path, "rb") as file:
             for line, raw in enumerate(file, start=1):
                 if b"\0" in raw:
                     raise InputError(f"{path}: line {line}: NUL byte, so not text: get it again or remove the byte")
-                # a byte order mark may only come first
+                # only the first line may start with a byte order mark
                 yield raw.decode("utf-8-sig" if line == 1 else "utf-8")
     except FileNotFoundError:
         raise InputError(f"{path}: no such file: check --data_dir, or get the data with ./setup.sh --data") from None
@@ -251,17 +266,20 @@ def decoded_lines(path):
 
 
 def read_label(task, value, where):
-    """A label as a float, or NaN for an empty field."""
+    """Return a label as a float, or NaN for an empty field.
+
+    Raises: InputError for text, for a number outside the task's range, and for a class that is not a whole number.
+    """
     if value is None or not value.strip():
         return math.nan
     low, high = task.label_range
-    kind = "a number" if task.is_regression else "a whole number"
     try:
         label = float(value)
     except ValueError:
         label = math.nan
-    whole = task.is_regression or label == math.floor(label) if math.isfinite(label) else False
-    if not whole or not low <= label <= high:
+    # comparisons with NaN are false, so a NaN is refused here too
+    if not (low <= label <= high and (task.is_regression or label == math.floor(label))):
+        kind = "a number" if task.is_regression else "a whole number"
         raise InputError(
             f"{where}: {task.label_column} {value!r} is not {kind} from {low:g} to {high:g}: correct or remove the row"
         )
@@ -269,66 +287,80 @@ def read_label(task, value, where):
 
 
 def check_columns(task, path, columns, labelled):
-    """Fail where the header lacks a column that the task needs."""
+    """Raise an InputError if the header lacks a column that the task needs."""
     needed = ["id", *task.columns] + [task.label_column] * labelled
     missing = [name for name in needed if name not in columns]
     if not any(map(str.strip, columns)):
         raise InputError(f"{path}: line 1: empty file or blank first line: check it or get it again")
     if missing:
+        # a header that is one column was probably separated by commas
         hint = "the columns must be separated by tabs" if len(columns) == 1 else "check the header line"
         raise InputError(
             f"{path}: line 1: no column {', '.join(missing)} among {', '.join(map(repr, columns))}: {hint}"
         )
 
 
-def read_dataset(task, path, tokenizer, max_length=512, labelled=True):
-    """Read one course CSV: tab separated, a header line, an unnamed index column, `id`, texts and label.
+def numbered_rows(path):
+    """Yield (line, fields) for every row of a file with tab-separated columns; a row starts on this line.
 
-    Rows without a label or with an empty text stay in the dataset (every row gets a prediction) but are not usable
-    for training or scoring; `labelled=False` reads a test file, which has no labels.
-    Raises: InputError naming file and line for anything that is not such a file.
+    Raises: InputError for wrong quotes.
     """
-    # a text of any length is cut to the model's length, not refused
+    # the csv module refuses fields above 131,072 characters, but here a long text is only truncated
     csv.field_size_limit(2**31 - 1)
     reader = csv.reader(decoded_lines(path), delimiter="\t", strict=True)
-    dataset = Dataset(task, Path(path), tokenizer, max_length)
     line = 1
     try:
-        columns = next(reader, [])
-        check_columns(task, path, columns, labelled)
-        id_at, text_at = columns.index("id"), [columns.index(name) for name in task.columns]
-        label_at = columns.index(task.label_column) if labelled else None
-        line = reader.line_num + 1
-        for row in reader:
-            where = f"{path}: line {line}"
-            if row:
-                if len(row) != len(columns):
-                    raise InputError(
-                        f"{where}: {len(row)} fields where the header has {len(columns)}: check tabs and quotes in "
-                        f"{' '.join(row)[:60]!r}"
-                    )
-                texts = [row[i].strip() for i in text_at]
-                label = math.nan if label_at is None else read_label(task, row[label_at], where)
-                dataset.add(row[id_at].strip(), texts, label)
+        for fields in reader:
+            # a blank line has no fields; only in place of the header it is an error
+            if fields or line == 1:
+                yield line, fields
+            # a row has several lines if a quoted text contains line ends
             line = reader.line_num + 1
     except csv.Error as error:
         raise InputError(f"{path}: line {line}: {error}: check the quotes from this line on") from None
+
+
+def read_dataset(task, path, tokenizer, max_length=512, labelled=True):
+    """Read a CSV file in the course's format: separated by tabs, with a header line that names the columns.
+
+    The task needs the columns of its id, texts and label; other columns are ignored. A row without a label or with an
+    empty text gets a prediction, but it is not usable for training and scoring. `labelled=False` reads a test file,
+    which has no labels.
+    Raises: InputError with file and line for any other format.
+    """
+    rows = numbered_rows(path)
+    _, columns = next(rows, (1, []))
+    check_columns(task, path, columns, labelled)
+    # columns are identified by name, because test files have them in other places
+    id_at, text_at = columns.index("id"), [columns.index(name) for name in task.columns]
+    label_at = columns.index(task.label_column) if labelled else None
+    dataset = Dataset(task, Path(path), tokenizer, max_length)
+    for line, fields in rows:
+        where = f"{path}: line {line}"
+        if len(fields) != len(columns):
+            raise InputError(
+                f"{where}: {len(fields)} fields, but the header has {len(columns)}: check tabs and quotes in "
+                f"{' '.join(fields)[:60]!r}"
+            )
+        label = math.nan if label_at is None else read_label(task, fields[label_at], where)
+        dataset.add(fields[id_at].strip(), [fields[i].strip() for i in text_at], label)
     if not len(dataset):
         raise InputError(f"{path}: only a header, no rows: get the file again with ./setup.sh --data")
     dataset.freeze()
     left_out = len(dataset) - len(dataset.usable)
-    if labelled and left_out > TOLERATED * len(dataset):
+    if labelled and left_out > MAX_UNUSABLE * len(dataset):
         raise InputError(
             f"{path}: {left_out} of {len(dataset)} rows have no label or an empty text, "
-            f"above {TOLERATED:.0%}: correct the file"
+            f"above {MAX_UNUSABLE:.0%}: correct the file"
         )
     return dataset
 
 
 def find_data_dir(data_dir, wanted, may_be_sample=True, default="data"):
-    """The folder to read files from, or data/sample (second value True) where the default holds no course file at all.
+    """Return the folder of the wanted files, and whether it is the sample.
 
-    Raises: InputError naming what is missing where a folder holds some of the files: never a mixture.
+    Without a data_dir this is the default folder, or the sample if the default folder has no data file at all.
+    Raises: InputError if a folder has only some of the files, because course files and sample files must not be mixed.
     """
     folder = Path(data_dir) if data_dir else Path(__file__).parent / default
     if not folder.is_dir():
@@ -336,24 +368,27 @@ def find_data_dir(data_dir, wanted, may_be_sample=True, default="data"):
     missing = [name for name in wanted if not (folder / name).is_file()]
     if not missing:
         return folder, False
-    course = {task.file(split) for task in build_tasks(TASK_NAMES).values() for split in SPLITS}
-    if data_dir is None and may_be_sample and not any((folder / name).is_file() for name in course):
-        return folder / "sample", True
+    # the sample has a file for each file of the course, with the same name
+    in_sample = {path.name for path in SAMPLE.glob("*.csv")}
+    is_empty = not any((folder / name).is_file() for name in in_sample | set(wanted))
+    if data_dir is None and may_be_sample and is_empty and in_sample.issuperset(wanted):
+        return SAMPLE, True
     raise InputError(f"{folder}: missing {', '.join(missing)}: get them with ./setup.sh --data, or give --data_dir")
 
 
-# --- the data report ----------------------------------------------------------------------------------------------
+# --- the report ---------------------------------------------------------------------------------------------------
 
 
 def fingerprints(dataset):
-    """A hash of the texts of every row, to find repeated examples. Shapes: [n]."""
+    """Return a hash of every row's texts, to find rows that occur twice. Shapes: [n]."""
     return np.fromiter((hash(dataset.text(row)) for row in range(len(dataset))), np.int64, len(dataset))
 
 
 def report(datasets):
-    """Lines that say what was read: rows, label shares, token lengths, duplicates between train and dev.
+    """Describe {task name: {split: Dataset}} in lines of text.
 
-    `datasets` is {task name: {split: Dataset}}.
+    The lines contain the numbers of rows, their lengths in tokens, the shares of the labels, the numbers of unusable
+    and truncated rows, and the number of dev rows that also occur in train.
     """
     lines = []
     for splits in datasets.values():
@@ -364,19 +399,21 @@ def report(datasets):
                 f"95% {np.percentile(lengths, 95):.0f}, max {lengths.max()}"
             )
             labels = data.labels[data.usable]
+            # a test file has no labels
             if data.task.is_regression and len(labels):
                 line += f"  labels mean {labels.mean():.2f}, sd {labels.std():.2f}"
             elif len(labels):
                 shares = np.bincount(labels.astype(int), minlength=len(data.task.label_names)) / len(labels)
                 line += "  labels " + " ".join(f"{share:.1%}" for share in shares)
             lines.append(line)
+            # no row of a test file is usable, which is not worth a line
             left_out = len(data) - len(data.usable)
             if left_out and split != "test":
                 lines.append(f"{'':<13}{left_out} rows without a label or with an empty text are left out")
             if data.truncated:
                 lines.append(f"{'':<13}{data.truncated} rows are cut to {data.max_length} tokens")
         if {"train", "dev"} <= splits.keys():
-            shared = np.isin(fingerprints(splits["dev"]), fingerprints(splits["train"])).sum()
-            if shared:
-                lines.append(f"{'':<13}{shared} dev examples occur in train word for word")
+            repeated = np.isin(fingerprints(splits["dev"]), fingerprints(splits["train"])).sum()
+            if repeated:
+                lines.append(f"{'':<13}{repeated} dev examples occur in train word for word")
     return lines

@@ -1,4 +1,4 @@
-"""Write golden/tokenizer.json with transformers as the oracle; read test_tokenizer.py before it."""
+"""Write golden/tokenizer.json, the expected values of test_tokenizer.py; transformers' tokenizer computes them."""
 
 import json
 import random
@@ -38,7 +38,7 @@ TEXTS = [
     "[MASK]ing un[MASK]aff ## ##ing # #ing unaffed unaff",
     "€5 ©tea «the» ¿the? … – the–tea 。、 \u037e \u0387 \u1fef",
     "emoji \U0001f375 tea\U0001f375tea \U0001f469\u200d\U0001f373",
-    # what the tables of Unicode 8 and later ones take for different things
+    # characters whose category differs between Unicode 8 and later versions
     "a\u061db a\u07fdb a\u08e2b a\u09feb a\u0a76b a\u0c04b a\u166db",
     "a\u1734b a\u1885b a\u1dfbb a\u2e43b a\u2e52b",
     "a\U00010d24b a\U000110cdb a\U000111c9b a\U00011660b a\U00011938b",
@@ -56,7 +56,7 @@ LENGTHS = [3, 4, 5, 6, 7, 8, 9, 12, 512]
 
 
 def make_vocabulary(case):
-    """Return the token list of a small vocabulary that spells most of what the texts hold."""
+    """Return the tokens of a small vocabulary that contains most characters of the texts."""
     letters = list(dict.fromkeys(LETTERS[case]))
     pieces = ["[PAD]", "the_unused_line", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     pieces += ALONE + letters + [f"##{letter}" for letter in letters] + WORDS[case].split()
@@ -64,7 +64,7 @@ def make_vocabulary(case):
 
 
 def draw_texts(rng, count):
-    """Return random texts from characters and fragments that the tokenizer treats in different ways."""
+    """Return random texts of letters and of fragments that need different steps of the tokenizer."""
     fragments = sorted({character for text in TEXTS for character in text})
     fragments += " ".join(WORDS.values()).replace("##", "").split() + ["[MASK]", "[SEP]"]
     usual = list(string.ascii_letters + "  .,'-")
@@ -75,7 +75,7 @@ def draw_texts(rng, count):
 
 
 def make_case(case, rng):
-    """Return vocabulary, texts, pairs and decodings of one kind of vocabulary, with the oracle's answers."""
+    """Return a vocabulary, and texts, pairs and ids with the results of transformers' tokenizer."""
     from transformers import BertTokenizerFast
 
     vocabulary = make_vocabulary(case)
@@ -104,7 +104,7 @@ def make_case(case, rng):
 
 
 def main():
-    """Write the golden file, one line for each text, pair and decoding."""
+    """Write the golden file, with one line for each text, pair and list of ids."""
     rng = random.Random(SEED)
     lines = []
     for case in ("uncased", "cased"):

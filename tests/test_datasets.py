@@ -1,7 +1,8 @@
-"""Reading the course's files strictly, the three pair encodings by hand, and batches that keep no order."""
+"""Tests of datasets.py: strict reading of CSV files, truncation, the pair encodings by hand, and random batches."""
 
 import csv
 import itertools
+import re
 import tracemalloc
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from datasets import bucketed_batches, find_data_dir, read_dataset, report
+from datasets import SAMPLE, bucketed_batches, find_data_dir, read_dataset, report
 from errors import InputError
 from tasks import build_tasks
 from tokenizer import BertTokenizer
@@ -34,7 +35,7 @@ def tokenizer(tmp_path_factory):
 
 @pytest.fixture
 def read(tmp_path, tokenizer):
-    """Write bytes (or str) to a file and read it as a dataset of the named task."""
+    """A function that writes bytes or text to a file and reads it as a dataset of the named task."""
 
     def read(content, name="sst", max_length=512, labelled=True, pairs=None):
         path = tmp_path / "file.csv"
@@ -45,13 +46,13 @@ def read(tmp_path, tokenizer):
 
 
 def sst(*rows):
-    """A sentiment file with the given (sentence, label) rows."""
+    """A sentiment file with these (sentence, label) rows."""
     lines = [f"{i}\tid{i}\t{sentence}\t{label}" for i, (sentence, label) in enumerate(rows)]
     return "\n".join(["\tid\tsentence\tsentiment", *lines]) + "\n"
 
 
 def pair_file(*rows, column="similarity"):
-    """A file of pairs with the given (sentence1, sentence2, label) rows."""
+    """A file of pairs with these (sentence1, sentence2, label) rows."""
     lines = [f"{i}\tid{i}\t{a}\t{b}\t{label}" for i, (a, b, label) in enumerate(rows)]
     return "\n".join([f"\tid\tsentence1\tsentence2\t{column}", *lines]) + "\n"
 
@@ -81,7 +82,7 @@ def test_course_files_have_their_row_counts(course):
 
 @needs_shared_data
 def test_course_files_agree_with_a_plain_csv_reader(course):
-    """Ids, texts (doubled quotes undone) and labels, field by field, found by column name."""
+    """Ids, texts (doubled quotes undone) and labels, field by field; the columns are identified by name."""
     for (_, split), data in course.items():
         with open(data.path, encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file, delimiter="\t"))
@@ -138,7 +139,7 @@ def test_report_counts_dev_examples_that_occur_in_train(course):
 # --- the shape of a file ------------------------------------------------------------------------------------
 
 
-def test_columns_are_found_by_name_in_any_order_beside_others(read):
+def test_columns_are_identified_by_name_in_any_order_beside_others(read):
     data = read("sentiment\tother\tsentence\tid\n3\tx\ta b\tone\n0\ty\tc\ttwo\n")
     assert [data.identifier(i) for i in range(2)] == ["one", "two"]
     assert [data.text(i) for i in range(2)] == [("a b",), ("c",)]
@@ -321,13 +322,16 @@ def test_an_empty_default_folder_means_the_sample_and_an_empty_given_one_does_no
     wanted = ["ids-sst-train.csv"]
     # a CSV of the user's own is no course file
     (tmp_path / "notes.csv").write_text("x")
-    assert find_data_dir(None, wanted, default=str(tmp_path)) == (tmp_path / "sample", True)
+    assert find_data_dir(None, wanted, default=str(tmp_path)) == (SAMPLE, True)
     with pytest.raises(InputError, match="missing ids-sst-train.csv"):
         find_data_dir(str(tmp_path), wanted)
     with pytest.raises(InputError, match="missing ids-sst-train.csv"):
         find_data_dir(None, wanted, may_be_sample=False, default=str(tmp_path))
     with pytest.raises(InputError, match="no such folder"):
         find_data_dir(str(tmp_path / "nowhere"), wanted)
+    # the sample has no file of a task from outside the course
+    with pytest.raises(InputError, match="missing rte-train.csv"):
+        find_data_dir(None, ["rte-train.csv"], default=str(tmp_path))
     (tmp_path / "quora-dev.csv").write_text("x")
     with pytest.raises(InputError, match="missing ids-sst-train.csv"):
         find_data_dir(None, wanted, default=str(tmp_path))
@@ -342,8 +346,8 @@ def test_a_sentence_of_100_000_words_is_cut_and_counted_once(read):
     ids = data.batch(np.array([0])).segments[0][0]
     assert ids.tolist() == [[CLS] + [A, B] * 7 + [SEP]]
     assert data.lengths().tolist() == [16, 3]
-    # kept tokens are bounded by the model's length, whatever the file holds
-    assert len(data.tokens[0].flat) <= 17
+    # pack truncates, not reading: of a pair, the length before truncation decides which text gets an odd token
+    assert data.tokens[0].lengths().tolist() == [100_000, 1]
     assert any(line.strip() == "1 rows are cut to 16 tokens" for line in report({"sst": {"train": data}}))
 
 
@@ -365,6 +369,57 @@ def test_cut_rows_are_counted_by_what_the_encoding_has_room_for(read, encoding, 
     assert (kept < sum(lengths) + specials) == cut
 
 
+def test_the_longer_text_keeps_the_odd_token_also_if_both_are_longer_than_the_model_allows(read):
+    """Ten tokens leave seven for both texts: four for the longer one (of 12 tokens) and three for the other (of 11)."""
+    long, short = "a " * 12, "b " * 11
+    data = read(pair_file((long, short, 1), (short, long, 1)), "sts", max_length=10)
+    ids = data.batch(np.array([0, 1])).segments[0][0].tolist()
+    assert ids == [[CLS, A, A, A, A, SEP, B, B, B, SEP], [CLS, B, B, B, SEP, A, A, A, A, SEP]]
+
+
+@pytest.fixture(scope="module", params=[pytest.param("sample"), pytest.param("course", marks=needs_shared_data)])
+def corpus(request, tmp_path_factory):
+    """A folder of data, and a folder with a vocabulary: some words and all letters of that data."""
+    folder = {"sample": SAMPLE, "course": SHARED}[request.param]
+    text = "".join(path.read_text().lower() for path in sorted(folder.glob("*-dev.csv")))
+    letters = sorted({character for character in text if not character.isspace()})
+    words = [word for word in sorted(set(re.findall("[a-z]{2,}", text))) if len(word) < 8]
+    vocabulary = tmp_path_factory.mktemp("corpus")
+    lines = [*WORDS[:5], *letters, *(f"##{letter}" for letter in letters), *words]
+    (vocabulary / "vocab.txt").write_text("\n".join(lines) + "\n")
+    return folder, vocabulary
+
+
+def make_ours(vocabulary):
+    return BertTokenizer.from_pretrained(vocabulary)
+
+
+def make_reference(vocabulary):
+    """The tokenizer of transformers, which truncates the longer text of a pair first."""
+    fast = pytest.importorskip("transformers").BertTokenizerFast.from_pretrained(vocabulary)
+
+    def call(*texts, max_length):
+        return fast(*texts, max_length=max_length, truncation="longest_first", padding=True, return_tensors="pt")
+
+    return call
+
+
+@pytest.mark.parametrize("make", [make_ours, make_reference])
+@pytest.mark.parametrize("name", ["sst", "para", "sts"])
+def test_a_batch_equals_a_call_of_the_tokenizer_and_of_transformers(corpus, make, name):
+    """Every row, for odd and even rooms."""
+    folder, vocabulary = corpus
+    task, call = build_tasks((name,))[name], make(vocabulary)
+    for max_length in (13, 20):
+        data = read_dataset(task, folder / task.file("dev"), BertTokenizer.from_pretrained(vocabulary), max_length)
+        assert data.truncated > 0.05 * len(data)
+        texts = [list(column) for column in zip(*map(data.text, range(len(data))), strict=True)]
+        expected = call(*texts, max_length=max_length)
+        [segment] = data.batch(np.arange(len(data))).segments
+        for ours, key in zip(segment, ("input_ids", "attention_mask", "token_type_ids"), strict=True):
+            assert torch.equal(ours, expected[key])
+
+
 def test_a_pair_is_cut_longest_first(read):
     """Nine tokens leave six for both: 2 and 6 become 2 and 4; 6 and 6 become 3 and 3."""
     content = pair_file(("a b", "c d e f g a", 1), ("a b c d e f", "g f e d c b", 1))
@@ -383,24 +438,24 @@ def batch(read, encoding):
     return read(PAIRS, "sts", pairs={"sts": encoding}).batch(np.array([0, 1]))
 
 
-def segments(found):
-    return [tuple(x.tolist() for x in segment) for segment in found.segments]
+def segments(result):
+    return [tuple(x.tolist() for x in segment) for segment in result.segments]
 
 
 def test_single_sentences_by_hand(read):
-    found = read(sst(("a b", 3), ("c", 0))).batch(np.array([1, 0]))
-    assert segments(found) == [
+    result = read(sst(("a b", 3), ("c", 0))).batch(np.array([1, 0]))
+    assert segments(result) == [
         ([[CLS, C, SEP, PAD], [CLS, A, B, SEP]], [[1, 1, 1, 0], [1, 1, 1, 1]], [[0] * 4, [0] * 4])
     ]
-    assert found.labels.tolist() == [0.0, 3.0]
-    assert found.ids == ("id1", "id0")
-    assert len(found) == 2
-    assert all(x.dtype == torch.int64 for x in found.segments[0])
+    assert result.labels.tolist() == [0.0, 3.0]
+    assert result.ids == ("id1", "id0")
+    assert len(result) == 2
+    assert all(x.dtype == torch.int64 for x in result.segments[0])
 
 
 def test_concat_by_hand(read):
-    found = batch(read, "concat")
-    assert segments(found) == [
+    result = batch(read, "concat")
+    assert segments(result) == [
         (
             [[CLS, A, SEP, B, C, SEP, PAD, PAD], [CLS, A, B, C, D, SEP, E, SEP]],
             [[1, 1, 1, 1, 1, 1, 0, 0], [1] * 8],
@@ -435,18 +490,18 @@ def test_siamese_by_hand(read):
 def test_packed_pairs_equal_the_tokenizer_s_own(read, tokenizer):
     data = read(PAIRS, "sts")
     expected = tokenizer(["a", "a b c d"], ["b c", "e"])
-    for found, key in zip(data.batch(np.array([0, 1])).segments[0], expected, strict=True):
-        assert torch.equal(found, expected[key])
+    for result, key in zip(data.batch(np.array([0, 1])).segments[0], expected, strict=True):
+        assert torch.equal(result, expected[key])
 
 
 @pytest.mark.parametrize("encoding", ["concat", "embed_concat", "siamese"])
 def test_an_example_does_not_depend_on_its_batch(read, encoding):
     """Joined after padding, the second sentence would begin behind the longest first one of the batch."""
     data = read(PAIRS, "sts", pairs={"sts": encoding})
-    together = data.batch(np.array([0, 1]))
+    both = data.batch(np.array([0, 1]))
     for i in range(2):
         alone = data.batch(np.array([i]))
-        for ours, theirs in zip(alone.segments, together.segments, strict=True):
+        for ours, theirs in zip(alone.segments, both.segments, strict=True):
             length = ours[0].shape[1]
             for x, y in zip(ours, theirs, strict=True):
                 assert torch.equal(x[0], y[i, :length])
@@ -455,15 +510,43 @@ def test_an_example_does_not_depend_on_its_batch(read, encoding):
 
 
 @pytest.mark.parametrize("encoding", ["concat", "embed_concat", "siamese"])
+def test_processes_that_share_a_batch_have_equal_widths(read, encoding):
+    """Each takes some positions of the entire batch and pads to its longest row, also one without that row."""
+    rows = [("a " * i, "b " * j, 1) for i, j in itertools.product((1, 4, 9, 20), repeat=2)]
+    data = read(pair_file(*rows), "sts", max_length=14, pairs={"sts": encoding})
+    order = rng().permutation(len(data))
+    entire = data.batch(order)
+    for positions in (slice(0, None, 2), slice(1, None, 2), slice(3, 4)):
+        part = data.batch(order, positions)
+        assert part.ids == entire.ids[positions] and torch.equal(part.labels, entire.labels[positions])
+        assert part.share == (positions, len(data))
+        for ours, theirs in zip(part.segments, entire.segments, strict=True):
+            assert all(torch.equal(x, y[positions]) for x, y in zip(ours, theirs, strict=True))
+
+
+def test_features_take_the_place_of_segments_in_a_new_dataset(read):
+    data = read(sst(("a b", 3), ("c", 0), ("d", 1)))
+    states = torch.arange(6.0).view(3, 2)
+    cached = data.with_features(states)
+    batch = cached.batch(np.array([2, 0, 1]), slice(0, 2))
+    assert batch.segments == () and batch.features.tolist() == [[4.0, 5.0], [0.0, 1.0]]
+    assert batch.ids == ("id2", "id0") and batch.labels.tolist() == [1.0, 3.0] and len(batch) == 2
+    assert len(cached) == 3 and cached.usable.tolist() == [0, 1, 2] and cached.lengths().tolist() == [4, 3, 3]
+    # the original stays as it is
+    assert data.features is None and data.batch(np.array([0])).features is None
+    assert data.batch(np.array([0])).segments[0][0].tolist() == [[CLS, A, B, SEP]]
+
+
+@pytest.mark.parametrize("encoding", ["concat", "embed_concat", "siamese"])
 def test_lengths_foretell_what_enters_bert(read, encoding):
     rows = [("a " * i, "b " * j, 1) for i, j in itertools.product((1, 4, 9, 20), repeat=2)]
     data = read(pair_file(*rows), "sts", max_length=14, pairs={"sts": encoding})
-    found = []
+    result = []
     for i in range(len(data)):
         widths = [segment[0].shape[1] for segment in data.batch(np.array([i])).segments]
-        found.append(max(widths) if encoding == "siamese" else sum(widths))
-    assert data.lengths().tolist() == found
-    assert max(found) == 14
+        result.append(max(widths) if encoding == "siamese" else sum(widths))
+    assert data.lengths().tolist() == result
+    assert max(result) == 14
 
 
 # --- batches ------------------------------------------------------------------------------------------------

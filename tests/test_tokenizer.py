@@ -1,6 +1,7 @@
-"""Tests of tokenizer.py against golden ids made by transformers, and against it where it is installed."""
+"""Tests of tokenizer.py against golden ids, which transformers made, and against transformers if it is installed."""
 
 import csv
+import doctest
 import json
 import random
 import unicodedata
@@ -11,7 +12,7 @@ import torch
 
 import tokenizer
 from errors import InputError
-from tokenizer import SPECIAL_TOKENS, BertTokenizer, truncate_pair
+from tokenizer import SPECIAL_TOKENS, BertTokenizer, pack, pad, truncate_pair
 
 ROOT = Path(__file__).parents[1]
 WEIGHTS = ROOT / "weights" / "all-MiniLM-L6-v2"
@@ -23,7 +24,7 @@ needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the course's data is 
 
 
 def write_folder(folder, lines, do_lower_case=None):
-    """Write a vocabulary, and a tokenizer configuration where one is given; return the folder."""
+    """Write a vocabulary and, unless do_lower_case is None, a tokenizer configuration; return the folder."""
     (folder / "vocab.txt").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     if do_lower_case is not None:
         text = json.dumps({"do_lower_case": do_lower_case})
@@ -33,7 +34,7 @@ def write_folder(folder, lines, do_lower_case=None):
 
 @pytest.fixture(params=["uncased", "cased"])
 def golden(request, tmp_path):
-    """A tokenizer with a small vocabulary and what transformers made with the same one."""
+    """A tokenizer with a small vocabulary, and the results of transformers' tokenizer with the same vocabulary."""
     case = GOLDEN[request.param]
     folder = write_folder(tmp_path, case["vocabulary"], do_lower_case=request.param == "uncased")
     return BertTokenizer.from_pretrained(folder), case
@@ -43,6 +44,11 @@ def golden(request, tmp_path):
 def small():
     """A tokenizer with the golden uncased vocabulary."""
     return BertTokenizer({token: i for i, token in enumerate(GOLDEN["uncased"]["vocabulary"])})
+
+
+def test_the_example_in_the_docstring_is_right():
+    results = doctest.testmod(tokenizer)
+    assert results.failed == 0 and results.attempted > 0
 
 
 def test_texts_have_the_golden_ids_with_and_without_the_cache(golden):
@@ -89,6 +95,31 @@ def test_padding_mask_and_segments_of_a_batch(small):
     assert small([])["input_ids"].shape == (0, 0)
 
 
+def test_pack_by_hand(small):
+    """One text: [CLS] A [SEP], all in segment 0. A pair: [CLS] A [SEP] is segment 0 and B [SEP] is segment 1."""
+    assert pack([7, 8, 9], None, 1, 2) == ([1, 7, 8, 9, 2], [0] * 5)
+    assert pack([7, 8, 9], None, 1, 2, limit=5) == ([1, 7, 8, 9, 2], [0] * 5)
+    assert pack([7, 8, 9], None, 1, 2, limit=4) == ([1, 7, 8, 2], [0] * 4)
+    assert pack([7, 8, 9], [5], 1, 2) == ([1, 7, 8, 9, 2, 5, 2], [0] * 5 + [1] * 2)
+    assert pack([7, 8, 9], [5], 1, 2, limit=6) == ([1, 7, 8, 2, 5, 2], [0] * 4 + [1] * 2)
+    assert pack([7, 8, 9], [5, 6], 1, 2, limit=6) == ([1, 7, 8, 2, 5, 2], [0] * 4 + [1] * 2)
+    assert pack([], [], 1, 2, limit=3) == ([1, 2, 2], [0, 0, 1])
+    cls, sep = small.cls_id, small.sep_id
+    assert small.pack([7, 8], [9], limit=5) == ([cls, 7, sep, 9, sep], [0, 0, 0, 1, 1])
+
+
+def test_pad_by_hand():
+    rows = [([1, 7, 2], [0, 0, 0]), ([1, 2, 5, 8, 2], [0, 0, 1, 1, 1])]
+    input_ids, mask, types = pad(rows, 3)
+    assert input_ids.tolist() == [[1, 7, 2, 3, 3], [1, 2, 5, 8, 2]]
+    assert mask.tolist() == [[1, 1, 1, 0, 0], [1] * 5]
+    assert types.tolist() == [[0] * 5, [0, 0, 1, 1, 1]]
+    assert all(x.dtype == torch.int64 for x in (input_ids, mask, types))
+    wide = pad(rows, 3, width=7)
+    assert wide[0].tolist() == [[1, 7, 2, 3, 3, 3, 3], [1, 2, 5, 8, 2, 3, 3]]
+    assert wide[1].sum(1).tolist() == [3, 5] and wide[2].sum(1).tolist() == [0, 3]
+
+
 def test_truncation_can_be_switched_off(small):
     assert small(["tea " * 600])["input_ids"].shape == (1, 512)
     assert small(["tea " * 600], truncation=False)["input_ids"].shape == (1, 602)
@@ -96,7 +127,7 @@ def test_truncation_can_be_switched_off(small):
 
 
 def test_truncate_pair_equals_cutting_the_longer_one_id_by_id():
-    """The closed form equals the loop it replaces: drop from the longer; in a tie b keeps the odd id."""
+    """The closed form equals a loop that drops ids; after a tie, the originally longer sequence keeps the odd id."""
     for first in range(9):
         for second in range(9):
             for room in range(20):
@@ -127,11 +158,11 @@ def test_long_words_are_not_cached(small):
 
 
 def test_misuse_says_what_to_do(small):
-    with pytest.raises(TypeError, match=r"give \[text\]"):
+    with pytest.raises(TypeError, match=r"write \[text\]"):
         small("the tea")
     with pytest.raises(ValueError, match="2 texts cannot be paired with 1"):
         small(["the", "tea"], ["tea"])
-    with pytest.raises(InputError, match="max_length is 2; give 3 or more"):
+    with pytest.raises(InputError, match="max_length is 2; use 3 or more"):
         small(["the"], ["tea"], max_length=2)
     for wrong in (-100, len(small)):
         with pytest.raises(ValueError, match=f"{wrong} is not an id"):
@@ -203,7 +234,7 @@ def both(request, tmp_path_factory):
 
 
 def draw_strings(seed, count, last):
-    """Return random strings, half of them of ASCII and half of code points assigned up to `last`."""
+    """Yield random strings: half of them are ASCII, half also have other assigned characters below `last`."""
     rng = random.Random(seed)
     ascii_characters = [chr(code_point) for code_point in range(128)]
     assigned = [c for c in map(chr, range(last)) if unicodedata.category(c) not in ("Cn", "Cs", "Co")]
@@ -216,7 +247,7 @@ def draw_strings(seed, count, last):
 @pytest.mark.skipif(unicodedata.unidata_version > "14.0.0", reason="code points beyond Unicode 14")
 def test_random_strings_equal_transformers(both):
     ours, reference = both
-    # most interesting characters are in the first planes, the ideographs would crowd them out
+    # most characters that need care have low code points; among all code points they would be rare
     texts = [*draw_strings(1, 1500, 0x3000), *draw_strings(2, 1500, 0x20000)]
     for text, ids in zip(texts, reference(texts, add_special_tokens=False)["input_ids"], strict=True):
         assert ours.encode(text) == ids, ascii(text)
@@ -229,7 +260,7 @@ def test_course_data_equals_transformers(both):
     with open(DATA / "sts-dev.csv", encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file, delimiter="\t"))
     first, second = [row["sentence1"] for row in rows], [row["sentence2"] for row in rows]
-    for length in (9, 512):
+    for length in (9, 20, 21, 512):
         settings = {"max_length": length, "truncation": True, "padding": True}
         expected = reference(first, second, return_tensors="pt", **settings)
         encoding = ours(first, second, **settings)
