@@ -9,10 +9,11 @@ import safetensors.torch
 import torch
 from make_bert_golden import SIZES as GOLDEN_SIZES
 
-from base_bert import WEIGHTS_FOLDER, BertConfig, hub_name
+from base_bert import BertConfig, hub_name
 from bert import LEVELS, BertModel, Dropout, attend_plain, dropout_state
 from errors import InputError
 from tokenizer import BertTokenizer
+from weights import WEIGHTS_FOLDER
 
 MINILM = WEIGHTS_FOLDER / "all-MiniLM-L6-v2"
 needs_minilm = pytest.mark.skipif(not (MINILM / "model.safetensors").is_file(), reason="run ./setup.sh first")
