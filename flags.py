@@ -5,7 +5,7 @@ Read first: README.md (what the methods are). What they do is decided in multita
 
 import argparse
 
-from adapters import PLACES as ADAPTERS
+from adapters import KINDS
 from datasets import SPLITS
 from errors import InputError, Parser
 from optimizer import SCHEDULES
@@ -208,7 +208,7 @@ def make_parser():
                         help="its noise's standard deviation over the embeddings' RMS")
 
     layers = parser.add_argument_group("adapters (layer-level adaptations 2.1, 3.2)")
-    layers.add_argument("--adapter", nargs="+", choices=("none", *ADAPTERS), default=["none"],
+    layers.add_argument("--adapter", nargs="+", choices=("none", *KINDS), default=["none"],
                         help="task-specific parts in every layer; lhuc may be added to another one")
     layers.add_argument("--adapter_size", type=positive_int, help="bottleneck size; default the literature's")
     layers.add_argument("--train_backbone", action="store_true", help="train BERT along with the adapters")
