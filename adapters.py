@@ -1,71 +1,83 @@
-"""Adapters: small task-specific parts in every layer of a shared BERT; read bert.py (the adapter slot) before it.
+"""Adapters: small task-specific modules in every layer of a shared BERT.
 
-All tasks share the backbone, and what is particular to a task is learned by few parameters inside the layers,
-with m much smaller than the hidden size d. Each form is the identity before training:
+All tasks share the backbone. What is particular to a task is learned by few parameters inside the layers. Each kind
+leaves the layer unchanged before training:
 
-    bottleneck   h + W_D GELU(W_E h + b_E) + b_D            W_E [m,d], W_D [d,m]; W_D, b_E, b_D start at 0
+    bottleneck   h + W_D GELU(W_E h + b_E) + b_D      W_E [m,d], W_D [d,m], m << d; W_D, b_E, b_D start at 0
         before   ... on the feed-forward sub-layer's output, before the residual and LayerNorm
         after    ... on the layer's output, after its last LayerNorm
-        houlsby  ... on the outputs of both sub-layers, before the residual; all LayerNorms train along
-    lhuc         h * 2 sigmoid(r)                           r [d] starts at 0; scales every unit of the layer's output
-    pal          LN(x + FFN(x) + V_D g(V_E h))              V_E [m,d], V_D [d,m]; g's value starts at 0
+        houlsby  ... on the outputs of both sub-layers, before the residual; all LayerNorms train too
+    pal          LN(x + FFN(x) + V_D g(V_E h))        V_E [m,d], V_D [d,m]; g is attention of width m
+    lora         W h + b + (alpha / r) B A h          A [r,d], B [d,r], r << d; on query and value; B starts at 0
+    lhuc         h * 2 sigmoid(r)                     r [d] starts at 0; scales every unit of the layer's output
 
-Here x = LN(h + MH(h)) is what the first sub-layer gives, so that without the last term it is the ordinary layer (the
-paper's h + SA(h) + TS(h) leaves it open where SA's own residual is). g is multi-head attention of width m between all
-tokens, so that a PAL runs beside the layer where the others sit within it. A task's V_E and V_D serve all layers; g's
-query, key and value are the layer's own. LHUC may be added to any other form and then comes last.
+In a PAL, x = LN(h + MH(h)), so without its last term it is the ordinary layer. g lets every token read all tokens. The
+PAL runs beside the layer, the bottlenecks run within it. The V_E and V_D of a task serve all layers; the query, key
+and value of g belong to one layer. LHUC may be added to any other kind and acts last.
 
-Sources: layer-level adaptations 2.1, 2.2 and 3.2; Houlsby et al. (2019); Stickland and Murray (2019) for PAL;
-Swietojanski and Renals (2014) for LHUC. Where we depart from them is said under `Differs:` at each class.
+Sources: layer-level adaptations 2.1, 2.2 and 3.2; Houlsby et al. (2019); Stickland and Murray (2019) for PAL; Hu et al.
+(2021) for LoRA; Swietojanski and Renals (2014) for LHUC.
 """
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
-SITES = ("attention", "feed_forward", "output")
-# where each form sits; at a site they act in this order
-PLACES = {
-    "before": ("feed_forward",),
-    "after": ("output",),
-    "houlsby": ("attention", "feed_forward"),
-    "pal": ("feed_forward",),
-    "lhuc": ("output",),
-}
+from methods import Method
+
+# the places in a layer where an adapter can sit, in the order of computation; see bert.py, BertLayer
+SITES = ("query", "key", "value", "attention", "feed_forward", "output")
 BOTTLENECK_SIZE = 64
 BOTTLENECK_STD = 1e-3
 PAL_SIZE = 204
+LORA_RANK = 8
+LORA_ALPHA = 16
+
+
+class Context(NamedTuple):
+    """What an adapter may read besides the output that it changes."""
+
+    h: torch.Tensor  # [b,s,d], the input of the layer
+    extended_mask: torch.Tensor  # [b,1,1,s], as the layer's attention adds it to its scores
+    shared: nn.Module | None  # the part that all layers of the task share
 
 
 def make_linear(d_in, d_out, bias):
-    """Make a linear map that gives 0, without drawing from PyTorch's global generator."""
+    """Make a linear map whose numbers are all 0, without drawing from PyTorch's global generator."""
     linear = nn.utils.skip_init(nn.Linear, d_in, d_out, bias=bias)
     for parameter in linear.parameters():
         nn.init.zeros_(parameter)
     return linear
 
 
+# --- the kinds: module(output, context) returns what replaces the output -------------------------------------------
+
+
 class Bottleneck(nn.Module):
-    """Project down to m numbers a token, apply GELU, project up, add to what came in.
+    """Project each token down to m numbers, apply GELU, project up, add the result to the output.
 
     Source: layer-level adaptations 3.2; Houlsby et al. (2019), section 2.1.
-    Differs: W_D starts at 0 instead of near 0, which makes the start the identity exactly. It costs W_E its first
-    step, in which W_E has no gradient; from then on Adam's updates do not depend on how small W_D is. The
-    non-linearity, open in the paper, is BERT's.
+    Differs: W_D starts at 0 instead of near 0, so that the layer is exactly unchanged at the start. In the first step
+    W_E therefore has no gradient; after it Adam's updates do not depend on the size of W_D. The non-linearity, which
+    the paper leaves open, is BERT's.
     """
 
     def __init__(self, d, m, generator):
         super().__init__()
         self.encoder = make_linear(d, m, bias=True)
         self.decoder = make_linear(m, d, bias=True)
-        # the cut is absolute in PyTorch: at two standard deviations, as TensorFlow's truncated normal has it
+        # PyTorch expects the two cuts themselves: two standard deviations, as in TensorFlow's truncated normal
         cut = 2 * BOTTLENECK_STD
         nn.init.trunc_normal_(self.encoder.weight, 0.0, BOTTLENECK_STD, -cut, cut, generator)
 
-    def forward(self, h):
-        """Shapes: h [b,s,d]; returns [b,s,d]."""
-        return h + self.decoder(nn.functional.gelu(self.encoder(h)))
+    def forward(self, output, context=None):
+        """Shapes: output [b,s,d]; returns [b,s,d]."""
+        middle = nn.functional.gelu(self.encoder(output))  # [b,s,d] -> [b,s,m]
+        return output + self.decoder(middle)  # [b,s,m] -> [b,s,d]
 
 
 class LHUC(nn.Module):
@@ -78,17 +90,38 @@ class LHUC(nn.Module):
         super().__init__()
         self.r = nn.Parameter(torch.zeros(d))
 
-    def forward(self, h):
-        """Shapes: h [b,s,d]; returns [b,s,d]."""
-        return h * (2 * torch.sigmoid(self.r))
+    def forward(self, output, context=None):
+        """Shapes: output [b,s,d]; returns [b,s,d]."""
+        return output * (2 * torch.sigmoid(self.r))  # [b,s,d] * [d]: 2 sigmoid(0) = 1
+
+
+class LoRA(nn.Module):
+    """Low-rank adaptation: add a matrix of rank r to a projection of h, as the product B A.
+
+    Source: Hu et al. (2021), section 4.1, equation 3; query and value as in section 5.1.
+    Differs: one pair A and B per task. A is normal with BERT's initializer_range; the paper leaves the standard
+    deviation open. The released code can also apply dropout to h; here there is none.
+    """
+
+    def __init__(self, d, rank, std, generator):
+        super().__init__()
+        self.down = make_linear(d, rank, bias=False)  # A [r,d]
+        self.up = make_linear(rank, d, bias=False)  # B [d,r], which starts at 0
+        self.scale = LORA_ALPHA / rank
+        nn.init.normal_(self.down.weight, 0.0, std, generator)
+
+    def forward(self, output, context):
+        """Shapes: output [b,s,d], the projection W h + b; returns [b,s,d]."""
+        # A h first, [b,s,d] -> [b,s,r], so that the matrix B A [d,d] is never formed
+        return output + self.scale * self.up(self.down(context.h))
 
 
 class ProjectedAttention(nn.Module):
-    """A PAL's g: multi-head attention between the projected tokens, without output projection.
+    """The g of a PAL: multi-head attention between the projected tokens, without output projection.
 
     Source: Stickland and Murray (2019), section 3.3.
-    Differs: the value starts at 0, which makes the start the identity and lets a layer learn while what the layers
-    share is frozen; as many heads as BERT (the released code: six), and no biases and no dropout.
+    Differs: the value starts at 0, so that the layer is unchanged at the start and can learn while the parts that the
+    layers share are frozen; as many heads as BERT (the released code: six); no biases and no dropout.
     """
 
     def __init__(self, m, heads, std, generator):
@@ -102,9 +135,9 @@ class ProjectedAttention(nn.Module):
 
     def split_heads(self, x):
         """Cut the width into heads: [b,s,m] to [b,h,s,k]."""
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [b,s,h,k], [b,h,s,k]
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [b,s,h,k], then [b,h,s,k]
 
-    def forward(self, x, extended_mask):
+    def attend(self, x, extended_mask):
         """Let every token gather from the tokens that the mask leaves visible.
 
         Shapes: x [b,s,m], extended_mask [b,1,1,s]; returns [b,s,m].
@@ -112,16 +145,23 @@ class ProjectedAttention(nn.Module):
         query = self.split_heads(self.query(x))
         key = self.split_heads(self.key(x))
         value = self.split_heads(self.value(x))
+        # as in bert.py's attend_plain: scale by sqrt(k), then mask in the scores' own dtype
         scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])  # [b,h,s,s]
-        gathered = torch.softmax(scores + extended_mask.to(scores.dtype), dim=-1) @ value  # [b,h,s,k]
-        return gathered.transpose(1, 2).flatten(2)  # [b,s,h,k], [b,s,m]
+        scores = scores + extended_mask.to(scores.dtype)
+        gathered = torch.softmax(scores, dim=-1) @ value  # [b,h,s,s] @ [b,h,s,k] -> [b,h,s,k]
+        return gathered.transpose(1, 2).flatten(2)  # [b,s,h,k], then [b,s,m]
+
+    def forward(self, output, context):
+        """Add V_D g(V_E h) to the output. Shapes: output [b,s,d]; returns [b,s,d]."""
+        narrow = context.shared.encoder(context.h)  # V_E h: [b,s,d] -> [b,s,m]
+        return output + context.shared.decoder(self.attend(narrow, context.extended_mask))  # back to [b,s,d]
 
 
 class SharedProjections(nn.Module):
     """A task's V_E (encoder) and V_D (decoder), which its PALs in all layers share.
 
     Source: Stickland and Murray (2019), section 3.3.
-    Differs: no biases, and no GELU after V_D: the paper's equation, not its code.
+    Differs: no biases, and no GELU after V_D: this is the paper's equation, not its code.
     """
 
     def __init__(self, d, m, std, generator):
@@ -132,11 +172,66 @@ class SharedProjections(nn.Module):
             nn.init.normal_(linear.weight, 0.0, std, generator)
 
 
-class Adapters(nn.Module):
-    """The adapters of all layers and tasks, called from the layers' adapter slot.
+def pal_size(size, config):
+    """Return the width m of a PAL, rounded up so that the heads divide it."""
+    heads = config.num_attention_heads
+    return math.ceil((size or PAL_SIZE) / heads) * heads
 
-    `layers[i][task][site][kind]` is one adapter, `shared[task]` what a task's PALs share. A call without a task
-    leaves the layer as it is.
+
+def make_bottleneck(config, size, generator):
+    """Make a bottleneck adapter."""
+    return Bottleneck(config.hidden_size, size or BOTTLENECK_SIZE, generator)
+
+
+def make_pal(config, size, generator):
+    """Make the attention of a PAL in one layer."""
+    return ProjectedAttention(pal_size(size, config), config.num_attention_heads, config.initializer_range, generator)
+
+
+def make_projections(config, size, generator):
+    """Make the projections that a task's PALs share."""
+    return SharedProjections(config.hidden_size, pal_size(size, config), config.initializer_range, generator)
+
+
+def make_lora(config, size, generator):
+    """Make the low-rank matrices of one projection."""
+    return LoRA(config.hidden_size, size or LORA_RANK, config.initializer_range, generator)
+
+
+def make_lhuc(config, size, generator):
+    """Make the scales of a layer's hidden units."""
+    return LHUC(config.hidden_size)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of adapter: where it sits and how it is built. `size` is a number of units, or None for the default."""
+
+    places: tuple  # the sites of a layer that get a module each
+    make: Callable  # (config, size, generator) -> module(output, context)
+    make_shared: Callable | None = None  # (config, size, generator) -> the module that a task's layers share
+    layer_norms: bool = False  # whether BERT's LayerNorms train with it
+    addable: bool = False  # whether it may be added to another kind; then it acts after that one
+
+
+# Every choice of --adapter. A file outside adds a kind with one entry: KINDS["mine"] = Kind(("output",), make_mine).
+KINDS = {
+    "before": Kind(("feed_forward",), make_bottleneck),
+    "after": Kind(("output",), make_bottleneck),
+    "houlsby": Kind(("attention", "feed_forward"), make_bottleneck, layer_norms=True),
+    "pal": Kind(("feed_forward",), make_pal, make_projections),
+    "lora": Kind(("query", "value"), make_lora),
+    "lhuc": Kind(("output",), make_lhuc, addable=True),
+}
+
+
+# --- all layers and tasks ------------------------------------------------------------------------------------------
+
+
+class Adapters(nn.Module):
+    """The adapters of all layers and tasks, which BERT calls through its adapter slot.
+
+    `layers[i][task][site][kind]` is one adapter, `shared[task]` the part that a task's layers share.
     """
 
     def __init__(self, layers, shared):
@@ -145,84 +240,66 @@ class Adapters(nn.Module):
         self.shared = shared
 
     def attach(self, bert):
-        """Put the adapters into the slot of every layer.
+        """Put the adapters into the slot of a BertModel."""
+        # The method, not the module: assigning the module would register its parameters a second time, under bert.
+        bert.adapters = self.forward
 
-        The slot gets the method, not this module: its parameters stay registered once, under this module's owner.
+    def forward(self, layer_index, task, h, extended_mask):
+        """Return the function adapt(site, output) of one layer for a task.
+
+        Shapes: h [b,s,d], extended_mask [b,1,1,s].
         """
-        for layer in bert.bert_layers:
-            layer.adapter = self.forward
+        sites = self.layers[layer_index][task]
+        context = Context(h, extended_mask, self.shared[task] if len(self.shared) else None)
 
-    def forward(self, sublayer_output, layer_input, extended_mask, layer_index, task, site):
-        """Adapt what a site of a layer gives, for a task.
+        def adapt(site, output):
+            # a site without adapters returns its output as it is
+            for adapter in sites[site].values():
+                output = adapter(output, context)
+            return output
 
-        Shapes: sublayer_output and layer_input [b,s,d], extended_mask [b,1,1,s]; returns [b,s,d].
-        """
-        if task is None:
-            return sublayer_output
-        h = sublayer_output
-        for kind, adapter in self.layers[layer_index][task][site].items():
-            if kind == "pal":
-                shared = self.shared[task]
-                h = h + shared.decoder(adapter(shared.encoder(layer_input), extended_mask))
-            else:
-                h = adapter(h)
-        return h
-
-
-def pal_size(size, heads):
-    """The width m of a PAL: what is asked for, rounded up to a multiple of the heads."""
-    return math.ceil((size or PAL_SIZE) / heads) * heads
-
-
-def make_adapter(kind, config, size, generator):
-    """Make the adapter of one kind for one site of one layer."""
-    if kind == "lhuc":
-        return LHUC(config.hidden_size)
-    if kind == "pal":
-        heads = config.num_attention_heads
-        return ProjectedAttention(pal_size(size, heads), heads, config.initializer_range, generator)
-    return Bottleneck(config.hidden_size, size or BOTTLENECK_SIZE, generator)
+        return adapt
 
 
 def build_adapters(config, task_names, kinds, size=None, generator=None):
-    """Make the adapters of the given kinds for every layer and task, drawn from the generator.
+    """Make the adapters of some kinds for every layer and task, drawn from the generator.
 
-    `kinds` is one of PLACES, or two of which one is "lhuc". `size` is m; None is the literature's for each kind.
+    `kinds` are names of KINDS: one, and any addable ones. `size` overrides the sizes above (runs saved by earlier
+    versions recorded one).
     """
+    ordered = sorted((kind for kind in KINDS if kind in kinds), key=lambda kind: KINDS[kind].addable)
 
     def make_site(site):
-        chosen = [kind for kind in PLACES if kind in kinds and site in PLACES[kind]]
-        return nn.ModuleDict({kind: make_adapter(kind, config, size, generator) for kind in chosen})
+        chosen = [kind for kind in ordered if site in KINDS[kind].places]
+        return nn.ModuleDict({kind: KINDS[kind].make(config, size, generator) for kind in chosen})
 
     def make_task():
         return nn.ModuleDict({site: make_site(site) for site in SITES})
 
-    def make_shared():
-        m = pal_size(size, config.num_attention_heads)
-        return SharedProjections(config.hidden_size, m, config.initializer_range, generator)
-
     layers = nn.ModuleList(
         nn.ModuleDict({name: make_task() for name in task_names}) for _ in range(config.num_hidden_layers)
     )
-    shared = nn.ModuleDict({name: make_shared() for name in task_names if "pal" in kinds})
+    # at most one kind shares a part, since at most one is not addable
+    makers = [KINDS[kind].make_shared for kind in ordered if KINDS[kind].make_shared]
+    shared = nn.ModuleDict({name: make(config, size, generator) for make in makers for name in task_names})
     return Adapters(layers, shared)
 
 
 def trained_with(name, kinds):
-    """Tell whether a parameter of the whole model trains while adapters of these kinds adapt a frozen BERT.
+    """Return whether a parameter of the model trains while adapters of these kinds adapt a frozen BERT.
 
     Adapters, heads, exits and LTE always do; of the backbone the LayerNorms do, with Houlsby's adapters only.
 
     Source: Houlsby et al. (2019), section 2.
-    Differs: PAL trains the whole backbone in its paper: --train_backbone.
+    Differs: PAL trains all of the backbone in its paper: --train_backbone.
     """
     if not name.startswith("bert."):
         return True
-    return "houlsby" in kinds and "layer_norm" in name
+    return "layer_norm" in name and any(KINDS[kind].layer_norms for kind in kinds)
 
 
 def count_parameters(adapters):
-    """Count the adapters' parameters: {kind: {task: number}}, a PAL's with what its layers share."""
+    """Count the adapters' parameters: {kind: {task: number}}, with the parts that layers share."""
     counts = {}
 
     def add(kind, task, module):
@@ -234,13 +311,14 @@ def count_parameters(adapters):
             for site in sites.values():
                 for kind, adapter in site.items():
                     add(kind, task, adapter)
-    for task, projections in adapters.shared.items():
-        add("pal", task, projections)
+    for task, module in adapters.shared.items():
+        [kind] = [kind for kind in counts if KINDS[kind].make_shared]
+        add(kind, task, module)
     return counts
 
 
 def parameter_report(adapters):
-    """Give the lines of a table: trainable parameters of the adapters by kind and task."""
+    """Return the lines of a table: trainable parameters of the adapters by kind and task."""
     counts = count_parameters(adapters)
     tasks = list(adapters.layers[0])
     lines = [f"{'adapter':<12}" + "".join(f"{name:>12}" for name in (*tasks, "all tasks"))]
@@ -248,3 +326,62 @@ def parameter_report(adapters):
         numbers = [of_kind[task] for task in tasks]
         lines.append(f"{kind:<12}" + "".join(f"{number:>12,}" for number in (*numbers, sum(numbers))))
     return lines
+
+
+# --- the record ----------------------------------------------------------------------------------------------------
+
+
+def add_flags(group):
+    """Add the flags of the adapters."""
+    group.add_argument(
+        "--adapter",
+        nargs="+",
+        choices=("none", *KINDS),
+        default=["none"],
+        help="small task-specific modules in every layer of a frozen BERT; lhuc may be added to another kind",
+    )
+    group.add_argument("--train_backbone", action="store_true", help="train BERT along with the adapters")
+
+
+def conflicts(flags, given):
+    """List the combinations of flags that make no sense."""
+    chosen = flags["adapter"]
+    is_on = chosen != ["none"]
+    return [
+        (
+            flags["option"] == "pretrain" and is_on,
+            "--adapter freezes BERT by itself (without --train_backbone): use --option finetune",
+        ),
+        ("none" in chosen and len(chosen) > 1, "--adapter none excludes the other adapters"),
+        (
+            sum(kind != "none" and not KINDS[kind].addable for kind in set(chosen)) > 1,
+            f"--adapter {' '.join(chosen)}: only "
+            f"{', '.join(kind for kind in KINDS if KINDS[kind].addable)} may be combined with another adapter",
+        ),
+        (flags["train_backbone"] and not is_on, "--train_backbone belongs to --adapter: BERT is trained anyway"),
+    ]
+
+
+def make_adapters(flags, config, task_names, generator):
+    """Make the adapters that --adapter names, or None."""
+    if flags["adapter"] == ["none"]:
+        return None
+    # a flag of earlier versions, which their saved runs recorded
+    size = flags.get("adapter_size")
+    return build_adapters(config, task_names, flags["adapter"], size, generator)
+
+
+def trains(flags, model):
+    """Return the names of the parameters that train with the adapters; None, for all, if the backbone trains."""
+    if flags["adapter"] == ["none"] or flags["train_backbone"]:
+        return None
+    return {name for name, _ in model.named_parameters() if trained_with(name, flags["adapter"])}
+
+
+ADAPTERS = Method(
+    title="adapters (layer-level adaptations 2.1, 3.2; LoRA)",
+    add_flags=add_flags,
+    conflicts=conflicts,
+    adapters=make_adapters,
+    trains=trains,
+)

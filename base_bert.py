@@ -1,44 +1,42 @@
-"""The model's configuration and its weights: finding, checking, mapping, saving; read files.py before it."""
+"""What every BERT needs around its layers: configuration, parameter names, loading and saving, and dropout.
+
+A folder of weights follows the hub's layout: config.json (the sizes, here `BertConfig`), model.safetensors (one
+tensor per parameter) and vocab.txt (the tokenizer's). The parameters have two names each, for example
+
+    here, the course's    bert_layers.0.self_attention.query.weight
+    on the hub            encoder.layer.0.attention.self.query.weight
+
+and `hub_name` translates the first into the second. `BertPreTrainedModel` is the base class of bert.py's BertModel:
+it draws random weights (init_weights), or loads a folder (from_pretrained), and saves one (save_pretrained). weights.py
+reads and checks the files. Dropout on a CPU, which uses a trick for speed, stands at the end.
+
+Source: Devlin et al. (2019), the released code and weights.
+"""
 
 import dataclasses
 import functools
 import json
 import math
-import pickle
 import sys
 from pathlib import Path
 
-import safetensors
 import safetensors.torch
 import torch
 from torch import nn
 
 from errors import InputError
 from files import write_whole
+from weights import KNOWN_WEIGHTS, check_vocabulary, find_weight_file, find_weights, read_json, read_weights
 
-WEIGHTS_FOLDER = Path(__file__).resolve().parent / "weights"
-KNOWN_WEIGHTS = {
-    "bert-base": "bert-base-uncased",
-    "bert-base-uncased": "bert-base-uncased",
-    "minilm": "all-MiniLM-L6-v2",
-    "all-MiniLM-L6-v2": "all-MiniLM-L6-v2",
-}
-SETUP_COMMANDS = {"bert-base-uncased": "./setup.sh --bert-base", "all-MiniLM-L6-v2": "./setup.sh"}
-WEIGHT_FILES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
-# what the tokenizer reads beside the weights: kept with the model, so that a saved folder is complete
-TOKENIZER_FILES = ("vocab.txt", "tokenizer_config.json")
-
+# the names of config.json, each with its function
 ACTIVATIONS = {
     "gelu": nn.functional.gelu,
+    # GELU by a formula with tanh; the hub has two names for it
     "gelu_new": functools.partial(nn.functional.gelu, approximate="tanh"),
     "gelu_pytorch_tanh": functools.partial(nn.functional.gelu, approximate="tanh"),
     "relu": nn.functional.relu,
 }
+# the values that config.json must contain, because no default fits all weights
 SIZES = (
     "vocab_size",
     "hidden_size",
@@ -48,62 +46,16 @@ SIZES = (
     "max_position_embeddings",
     "type_vocab_size",
 )
-
-# ---- names: ours (the course's) -> the hub's -------------------------------------------------------------
-
-HUB_MODULES = {
-    "word_embedding": "embeddings.word_embeddings",
-    "pos_embedding": "embeddings.position_embeddings",
-    "tk_type_embedding": "embeddings.token_type_embeddings",
-    "embed_layer_norm": "embeddings.LayerNorm",
-    "pooler_dense": "pooler.dense",
-}
-HUB_LAYER_MODULES = {
-    "self_attention.query": "attention.self.query",
-    "self_attention.key": "attention.self.key",
-    "self_attention.value": "attention.self.value",
-    "attention_dense": "attention.output.dense",
-    "attention_layer_norm": "attention.output.LayerNorm",
-    "interm_dense": "intermediate.dense",
-    "out_dense": "output.dense",
-    "out_layer_norm": "output.LayerNorm",
-}
-
-
-def hub_name(name):
-    """Translate one of our parameter names to the hub's.
-
-    Raises: InputError for a parameter that a BERT on the hub does not have (an adapter's, for example).
-    """
-    module, _, kind = name.rpartition(".")
-    if module in HUB_MODULES:
-        return f"{HUB_MODULES[module]}.{kind}"
-    stem, _, rest = module.partition(".")
-    index, _, layer_module = rest.partition(".")
-    if stem == "bert_layers" and layer_module in HUB_LAYER_MODULES:
-        return f"encoder.layer.{index}.{HUB_LAYER_MODULES[layer_module]}.{kind}"
-    raise InputError(f"parameter {name} has no place in a plain BERT: take the adapter off before saving")
-
-
-def plain_hub_name(name):
-    """Bring a tensor name of any age to the hub's present form: no `bert.` prefix, no gamma and beta."""
-    name = name.removeprefix("bert.")
-    for old, new in (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias")):
-        if name.endswith(old):
-            name = name.removesuffix(old) + new
-    return name
-
-
-def is_ignored(name):
-    """Tell whether a tensor is one that a plain BERT leaves out: pre-training heads, stored position ids."""
-    return name.startswith("cls.") or name.endswith("position_ids")
+# The tokenizer reads these files from the folder of the weights. save_pretrained writes copies of them.
+TOKENIZER_FILES = ("vocab.txt", "tokenizer_config.json")
 
 
 # ---- configuration ---------------------------------------------------------------------------------------
 
 
 def is_number(value, kinds):
-    """Tell whether a value read from JSON is a finite number of one of these kinds (a bool is none)."""
+    """Return whether a value read from JSON is a finite number of one of these types."""
+    # Python counts True as the integer 1
     return isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -112,20 +64,21 @@ class BertConfig:
     """The sizes and constants of a BERT, under the names of the hub's config.json.
 
     Raises: InputError for a value that no BERT can have.
-    Differs: only absolute positions and encoders; keys of config.json that do not touch these are ignored.
+    Differs: only absolute positions and encoders; other keys of config.json do not change such a model, so they are
+    ignored.
     """
 
     vocab_size: int = 30522
-    hidden_size: int = 768
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    intermediate_size: int = 3072
+    hidden_size: int = 768  # d
+    num_hidden_layers: int = 12  # L
+    num_attention_heads: int = 12  # h
+    intermediate_size: int = 3072  # width of the feed-forward network
     hidden_act: str = "gelu"
     hidden_dropout_prob: float = 0.1
     attention_probs_dropout_prob: float = 0.1
-    max_position_embeddings: int = 512
-    type_vocab_size: int = 2
-    initializer_range: float = 0.02
+    max_position_embeddings: int = 512  # the largest s
+    type_vocab_size: int = 2  # segments: first and second sentence
+    initializer_range: float = 0.02  # standard deviation of random weights
     layer_norm_eps: float = 1e-12
     pad_token_id: int = 0
     position_embedding_type: str = "absolute"
@@ -135,6 +88,7 @@ class BertConfig:
             value = getattr(self, name)
             if not (is_number(value, int) and value > 0):
                 raise InputError(f"{name} is {value!r}: give a whole number above 0")
+        # every head gets the same share of the hidden units
         if self.hidden_size % self.num_attention_heads:
             raise InputError(
                 f"hidden_size {self.hidden_size} is not divisible by num_attention_heads "
@@ -175,146 +129,51 @@ class BertConfig:
         try:
             return cls(**{name: values[name] for name in names if name in values})
         except InputError as error:
+            # __post_init__ checks values from anywhere; only here is their file known
             raise InputError(f"{path}: {error}") from None
 
     def to_json(self, path):
-        """Write the hub's config.json; the file appears whole or not at all."""
+        """Write the hub's config.json; an interrupted write leaves the old file."""
         values = {"architectures": ["BertModel"], "model_type": "bert", **dataclasses.asdict(self)}
         write_whole(path, json.dumps(values, indent=2) + "\n")
 
 
-# ---- files -----------------------------------------------------------------------------------------------
+# ---- names: the course's (left) and the hub's (right) ----------------------------------------------------
+
+HUB_MODULES = {
+    "word_embedding": "embeddings.word_embeddings",
+    "pos_embedding": "embeddings.position_embeddings",
+    "tk_type_embedding": "embeddings.token_type_embeddings",
+    "embed_layer_norm": "embeddings.LayerNorm",
+    "pooler_dense": "pooler.dense",
+}
+# after bert_layers.0. and encoder.layer.0.
+HUB_LAYER_MODULES = {
+    "self_attention.query": "attention.self.query",
+    "self_attention.key": "attention.self.key",
+    "self_attention.value": "attention.self.value",
+    "attention_dense": "attention.output.dense",
+    "attention_layer_norm": "attention.output.LayerNorm",
+    "interm_dense": "intermediate.dense",
+    "out_dense": "output.dense",
+    "out_layer_norm": "output.LayerNorm",
+}
 
 
-def read_json(path):
-    """Read a JSON file that holds an object."""
-    try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}): check the path") from None
-    except ValueError as error:
-        raise InputError(f"{path}: not valid JSON ({error}): download it again") from None
-    if not isinstance(values, dict):
-        raise InputError(f"{path}: holds {values!r:.40}, not an object: download it again")
-    return values
+def hub_name(name):
+    """Translate one of our parameter names to the hub's.
 
-
-def missing_file(folder):
-    """Name the first thing a folder of weights lacks, or give None where it is complete."""
-    for name in ("config.json", "vocab.txt"):
-        if not (folder / name).is_file():
-            return name
-    return None if find_weight_file(folder) else "model.safetensors or pytorch_model.bin"
-
-
-def find_weight_file(folder):
-    """Find the file that holds a folder's weights (an index where they are in parts), or give None."""
-    return next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
-
-
-def find_weights(name):
-    """Find the folder of weights for `auto`, a known name, or a path.
-
-    Raises: InputError for a folder that is absent or incomplete, with what to run.
+    Raises: InputError for a parameter that a BERT on the hub does not have (an adapter's, for example).
     """
-    if name == "auto":
-        complete = not missing_file(WEIGHTS_FOLDER / "bert-base-uncased")
-        name = "bert-base-uncased" if complete else "all-MiniLM-L6-v2"
-    known = KNOWN_WEIGHTS.get(str(name))
-    folder = WEIGHTS_FOLDER / known if known else Path(name)
-    if not known and not folder.is_dir():
-        raise InputError(f"{folder}: no such folder: give auto, {', '.join(KNOWN_WEIGHTS)}, or a folder")
-    missing = missing_file(folder)
-    if missing:
-        advice = f"run {SETUP_COMMANDS[known]}" if known else "put it there, or give another folder"
-        raise InputError(f"{folder}: has no {missing}: {advice}")
-    return folder
-
-
-# ---- reading weights -------------------------------------------------------------------------------------
-
-
-def load_safetensors(path):
-    """Read every tensor of a .safetensors file."""
-    try:
-        return safetensors.torch.load_file(path)
-    except (safetensors.SafetensorError, OSError) as error:
-        raise InputError(f"{path}: not a whole safetensors file ({error}): download it again") from None
-
-
-def load_bin(path):
-    """Read every tensor of a PyTorch .bin file without running any code that it may hold."""
-    try:
-        values = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged bytes can make the unpickler fail in any way
-        if isinstance(error, pickle.UnpicklingError) and "unsupported global" in str(error).lower():
-            raise InputError(
-                f"{path}: holds pickled code besides tensors, which is not run: use a model.safetensors"
-            ) from None
-        raise InputError(f"{path}: damaged or cut short: download it again") from None
-    if not isinstance(values, dict):
-        raise InputError(f"{path}: holds a {type(values).__name__}, not named tensors: save a state_dict")
-    for name, value in values.items():
-        if not (isinstance(name, str) and isinstance(value, torch.Tensor)):
-            raise InputError(f"{path}: {name!r} is a {type(value).__name__}, not a tensor: save a state_dict")
-    return values
-
-
-def load_parts(index_path):
-    """Read the tensors of weights that are stored in several files, by their index."""
-    weight_map = read_json(index_path).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(part, str) for part in weight_map.values()):
-        raise InputError(f"{index_path}: weight_map is not a map from tensors to files: download it again")
-    tensors = {}
-    for part in sorted(set(weight_map.values())):
-        path = index_path.parent / part
-        if Path(part).name != part or not path.is_file():
-            raise InputError(f"{index_path}: names {part!r}, which is not beside it: download it again")
-        read = load_safetensors(path) if path.suffix == ".safetensors" else load_bin(path)
-        for name, tensor in read.items():
-            if weight_map.get(name) != part:
-                raise InputError(f"{path}: holds {name}, which {index_path.name} places elsewhere: download both again")
-            tensors[name] = tensor
-    for name, part in weight_map.items():
-        if name not in tensors:
-            raise InputError(f"{index_path.parent / part}: tensor {name} is missing: download it again")
-    return tensors
-
-
-def read_weights(path):
-    """Read a weight file, in one part or several, as tensors under the hub's present names.
-
-    Raises: InputError for a file that cannot be read, or a tensor that occurs twice or cannot be a weight.
-    """
-    if path.name.endswith(".index.json"):
-        tensors = load_parts(path)
-    else:
-        tensors = load_safetensors(path) if path.suffix == ".safetensors" else load_bin(path)
-    weights = {}
-    for name, tensor in tensors.items():
-        if is_ignored(name):
-            continue
-        plain_name = plain_hub_name(name)
-        if plain_name in weights:
-            raise InputError(f"{path}: tensor {name} is there under two names: remove one")
-        if not tensor.is_floating_point():
-            raise InputError(f"{path}: tensor {name} is of type {tensor.dtype}: give floating-point weights")
-        if not torch.isfinite(tensor).all():
-            raise InputError(f"{path}: tensor {name} holds NaN or infinity: download it again")
-        weights[plain_name] = tensor
-    return weights
-
-
-def check_vocabulary(folder, vocab_size):
-    """Refuse a vocab.txt whose number of lines is not the number of word embeddings."""
-    path = folder / "vocab.txt"
-    if path.is_file():
-        lines = len(path.read_bytes().splitlines())
-        if lines != vocab_size:
-            raise InputError(
-                f"{path}: has {lines} lines but config.json says vocab_size {vocab_size}: "
-                "take both files from the same model"
-            )
+    module, _, kind = name.rpartition(".")  # kind is "weight" or "bias"
+    if module in HUB_MODULES:
+        return f"{HUB_MODULES[module]}.{kind}"
+    # bert_layers.0.attention_dense: the stem, the layer's index, the layer's module
+    stem, _, rest = module.partition(".")
+    index, _, layer_module = rest.partition(".")
+    if stem == "bert_layers" and layer_module in HUB_LAYER_MODULES:
+        return f"encoder.layer.{index}.{HUB_LAYER_MODULES[layer_module]}.{kind}"
+    raise InputError(f"parameter {name} has no place in a plain BERT: take the adapter off before saving")
 
 
 # ---- the model's base class ------------------------------------------------------------------------------
@@ -326,10 +185,10 @@ class BertPreTrainedModel(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.tokenizer_files = {}
+        self.tokenizer_files = {}  # {name: content}, for save_pretrained
 
     def init_weights(self, generator=None):
-        """Draw all weights afresh: normal matrices, zero biases, identity LayerNorms; return the model.
+        """Draw all weights: normal matrices, zero biases, identity LayerNorms; return the model.
 
         Source: Devlin et al. (2019), the released code.
         Differs: normal, not truncated normal, and the padding token's embedding is 0: as transformers does.
@@ -342,37 +201,40 @@ class BertPreTrainedModel(nn.Module):
             if isinstance(module, nn.Linear | nn.LayerNorm):
                 nn.init.zeros_(module.bias)
             if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+                # no_grad: autograd forbids in-place changes of a parameter
                 with torch.no_grad():
                     module.weight[module.padding_idx].zero_()
         return self
 
     def save_pretrained(self, folder):
-        """Write config.json, model.safetensors and, where known, the tokenizer's files, as on the hub."""
+        """Write config.json, model.safetensors and, if the model was loaded with them, the tokenizer's files."""
+        # safetensors stores the numbers of each tensor in one block
         tensors = {hub_name(name): tensor.contiguous() for name, tensor in self.state_dict().items()}
         folder = Path(folder)
         write_whole(folder / "model.safetensors", safetensors.torch.save(tensors, metadata={"format": "pt"}))
         for name, content in self.tokenizer_files.items():
             write_whole(folder / name, content)
-        # last: without it the folder does not pass for complete
+        # last, because a folder without config.json counts as incomplete
         self.config.to_json(folder / "config.json")
 
     @classmethod
-    def from_pretrained(cls, folder, generator=None, **arguments):
-        """Build the model from a folder in the hub's layout; the generator draws a pooler the file lacks.
+    def from_pretrained(cls, name, generator=None, **arguments):
+        """Build the model from a folder in the hub's layout, or from a known name such as "bert-base-uncased".
 
+        Where the file has no pooler, the generator draws one.
         Raises: InputError naming the file and the tensor for anything missing, unknown or of a wrong shape.
         """
-        folder = Path(folder)
+        folder = find_weights(name) if str(name) in KNOWN_WEIGHTS else Path(name)
         path = find_weight_file(folder)
         if path is None:
             raise InputError(f"{folder}: has no model.safetensors or pytorch_model.bin: give another folder")
         config = BertConfig.from_json(folder / "config.json")
         check_vocabulary(folder, config.vocab_size)
         weights = read_weights(path)
-        # on the meta device nothing is drawn or stored before the weights of the file are copied in
+        # A tensor on the meta device has a shape but no numbers: none are drawn, only to be overwritten.
         with torch.device("meta"):
             model = cls(config, **arguments)
-        model.to_empty(device="cpu")
+        model.to_empty(device="cpu")  # memory without values; copy_weights fills all of it
         model.tokenizer_files = {
             name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()
         }
@@ -389,16 +251,61 @@ class BertPreTrainedModel(nn.Module):
     def copy_weights(self, weights, path):
         """Fill every parameter from tensors under the hub's names, each used exactly once."""
         unused = set(weights)
+        # the tensors of state_dict share the parameters' memory and are outside autograd
         for name, parameter in self.state_dict().items():
             source = hub_name(name)
             if source not in weights:
                 raise InputError(f"{path}: tensor {source} is missing: take all files from the same model")
             if weights[source].shape != parameter.shape:
                 raise InputError(
-                    f"{path}: tensor {source} has shape {list(weights[source].shape)} where config.json asks "
-                    f"for {list(parameter.shape)}: take both files from the same model"
+                    f"{path}: tensor {source} has shape {list(weights[source].shape)}, but config.json requires "
+                    f"{list(parameter.shape)}: take both files from the same model"
                 )
-            parameter.copy_(weights[source])
+            parameter.copy_(weights[source])  # in place; 16-bit weights become float32
             unused.remove(source)
         if unused:
-            raise InputError(f"{path}: tensor {min(unused)} is none of a BERT of this config.json: remove it")
+            raise InputError(f"{path}: tensor {min(unused)} is not part of the BERT of this config.json: remove it")
+
+
+# ---- dropout ---------------------------------------------------------------------------------------------
+
+# A CPU draws 64 random bits at a time. 16 of them decide about one number, and they have this many values.
+LEVELS = 65536
+
+
+class Dropout(nn.Module):
+    """In training, set numbers to 0 at random and scale the others up, so that the mean stays.
+
+    Source: Srivastava et al. (2014), section 10 (scaling in training).
+    Differs: on a CPU one 64-bit draw of the global generator decides about four numbers, which is faster than
+    PyTorch's own dropout; p is rounded to a multiple of 1 / LEVELS and the scale is that of the rounded p.
+    """
+
+    def __init__(self, p):
+        super().__init__()
+        self.p = p
+
+    def forward(self, x):
+        """Drop numbers of x; in evaluation, or where p rounds to 0, return x itself."""
+        dropped = round(self.p * LEVELS)  # of LEVELS equally likely values, this many drop a number
+        if not self.training or dropped == 0:
+            return x
+        if x.device.type != "cpu":
+            return nn.functional.dropout(x, self.p)
+        draws = torch.empty((x.numel() + 3) // 4, dtype=torch.int64)  # four numbers a draw, rounded up
+        # The range starts at the lowest int64, because from 0 the sign bit would never be drawn.
+        draws.random_(torch.iinfo(torch.int64).min, None)
+        bits = draws.view(torch.int16)[: x.numel()].view(x.shape)  # the same memory, read as 16-bit integers
+        kept = bits >= dropped - LEVELS // 2  # an int16 runs from -LEVELS / 2 to LEVELS / 2 - 1
+        # mul_ works in place on the new mask: no second tensor as large as x
+        return x * kept.to(x.dtype).mul_(LEVELS / (LEVELS - dropped))
+
+
+def dropout_state(device):
+    """Return two functions: they get and set the state of the generator that dropout draws from on a device."""
+    if device.type == "cuda":
+        return functools.partial(torch.cuda.get_rng_state, device), functools.partial(
+            torch.cuda.set_rng_state, device=device
+        )
+    source = torch.mps if device.type == "mps" else torch
+    return source.get_rng_state, source.set_rng_state

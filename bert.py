@@ -1,69 +1,47 @@
-"""BERT's encoder, written out: attention, layer, embeddings and pooler; read base_bert.py before it.
+"""BERT's encoder, written out: attention, layer, embeddings and pooler.
+
+    attention(Q, K, V) = softmax(Q K^T / sqrt(k) + mask) V       in each head; Q, K and V are linear maps of h
+    MH(h)              = W_O [head 1; ...; head h] + b_O         multi-head attention
+    FFN(x)             = W_2 GELU(W_1 x + b_1) + b_2             feed-forward network, for each token alone
+    layer(h)           = LN(x + FFN(x)),  x = LN(h + MH(h))      LN is LayerNorm; both sums are residuals
+
+    h_0 = LN(word + position + segment),  h_i = layer_i(h_{i-1}),  pooled = tanh(W_P h_L[first token] + b_P)
+
+Dropout follows h_0, the attention's softmax, MH and FFN. Sources: Vaswani et al. (2017), section 3; Devlin et al.
+(2019), section 3.
 
 The alphabet of every file: b batch, s tokens, d hidden, h heads, k head size, L layers; n rows of a dataset, w the
-vector that a task's head sees (d, or 2 d to 3 d for siamese pairs), o what a head gives.
+vector that a task's head sees (d, or 2 d to 3 d for siamese pairs), o a head's outputs.
 A lone variable h is a hidden state [b,s,d].
 """
 
 import math
-from functools import partial
 
 import torch
 from torch import nn
 
-from base_bert import ACTIVATIONS, BertPreTrainedModel
+from base_bert import ACTIVATIONS, BertPreTrainedModel, Dropout
+from base_bert import dropout_state as dropout_state  # other files import it from here
 from errors import InputError
 
 # Finite in float16 too, so that a row of padding alone gives no NaN, and far enough down that exp gives 0.
 MASKED_SCORE = -1e4
-# values of the 16 random bits that decide on one number in Dropout
-LEVELS = 65536
-
-
-class Dropout(nn.Module):
-    """Set numbers to 0 at random in training and scale the others up, so that the mean stays.
-
-    Source: Srivastava et al. (2014), section 10 (scaling in training).
-    Differs: on the CPU one 64-bit draw of the global generator decides on four numbers, which is faster than
-    PyTorch's own; p is rounded to a multiple of 1 / LEVELS and the scale is that of the rounded p.
-    """
-
-    def __init__(self, p):
-        super().__init__()
-        self.p = p
-
-    def forward(self, x):
-        """Drop numbers of x; in evaluation, or where p rounds to 0, return x itself."""
-        dropped = round(self.p * LEVELS)
-        if not self.training or dropped == 0:
-            return x
-        if x.device.type != "cpu":
-            return nn.functional.dropout(x, self.p)
-        draws = torch.empty((x.numel() + 3) // 4, dtype=torch.int64)
-        # from the lowest number on: without it the sign bit is never drawn
-        draws.random_(torch.iinfo(torch.int64).min, None)
-        bits = draws.view(torch.int16)[: x.numel()].view(x.shape)
-        kept = bits >= dropped - LEVELS // 2
-        return x * kept.to(x.dtype).mul_(LEVELS / (LEVELS - dropped))
-
-
-def dropout_state(device):
-    """The two functions that get and set the state of the generator that dropout on a device draws from."""
-    if device.type == "cuda":
-        return partial(torch.cuda.get_rng_state, device), partial(torch.cuda.set_rng_state, device=device)
-    source = torch.mps if device.type == "mps" else torch
-    return source.get_rng_state, source.set_rng_state
 
 
 def attend_plain(query, key, value, extended_mask, dropout):
     """Average the values of all tokens, weighted by how well each token's query fits their keys.
 
     Shapes: query, key, value [b,h,s,k], extended_mask [b,1,1,s]; returns [b,h,s,k].
+    Source: Vaswani et al. (2017), equation 1.
     """
-    scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])  # [b,h,s,s]
-    # a mask of the scores' own dtype: on a CPU a wider one would widen all [b,h,s,s] numbers after it under autocast
-    weights = dropout(torch.softmax(scores + extended_mask.to(scores.dtype), dim=-1))
-    return weights @ value
+    # One score per pair of tokens. A sum of k products grows like sqrt(k); the division undoes that.
+    scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])  # [b,h,s,k] @ [b,h,k,s] -> [b,h,s,s]
+    # The mask is the same for all heads and queries. It is cast to the scores' dtype, because a float32 mask would
+    # turn bf16 scores into slow float32.
+    scores = scores + extended_mask.to(scores.dtype)  # [b,h,s,s] + [b,1,1,s]
+    # The softmax runs over the keys: the weights of one query sum to 1.
+    weights = dropout(torch.softmax(scores, dim=-1))  # [b,h,s,s]
+    return weights @ value  # [b,h,s,s] @ [b,h,s,k] -> [b,h,s,k]
 
 
 def attend_sdpa(query, key, value, extended_mask, dropout):
@@ -71,15 +49,21 @@ def attend_sdpa(query, key, value, extended_mask, dropout):
 
     Shapes: query, key, value [b,h,s,k], extended_mask [b,1,1,s]; returns [b,h,s,k].
     """
-    extended_mask = extended_mask.to(query.dtype)
+    extended_mask = extended_mask.to(query.dtype)  # the kernel demands one dtype
+    # The kernel drops weights in evaluation too, unless p is 0 there.
     dropout_p = dropout.p if dropout.training else 0.0
     return nn.functional.scaled_dot_product_attention(query, key, value, extended_mask, dropout_p)
+
+
+def unchanged(site, output):
+    """Return a layer's output as it is: what `adapt` does without an adapter."""
+    return output
 
 
 class BertSelfAttention(nn.Module):
     """Multi-head self-attention, before the output projection.
 
-    Source: Vaswani et al. (2017), section 3.2, equation 1.
+    Source: Vaswani et al. (2017), section 3.2.
     """
 
     def __init__(self, config, attention):
@@ -87,6 +71,7 @@ class BertSelfAttention(nn.Module):
         self.attend = {"plain": attend_plain, "sdpa": attend_sdpa}[attention]
         self.num_attention_heads = config.num_attention_heads
         self.attention_head_size = config.hidden_size // config.num_attention_heads
+        # each matrix holds the h matrices [k,d] of all heads, one below the other: [d,d]
         self.query = nn.Linear(config.hidden_size, config.hidden_size)
         self.key = nn.Linear(config.hidden_size, config.hidden_size)
         self.value = nn.Linear(config.hidden_size, config.hidden_size)
@@ -96,37 +81,38 @@ class BertSelfAttention(nn.Module):
         """Cut the hidden dimension into heads: [b,s,d] to [b,h,s,k]."""
         b, s, _ = x.shape
         x = x.view(b, s, self.num_attention_heads, self.attention_head_size)  # [b,s,h,k]
+        # heads before tokens, so that @ multiplies token by token within each head
         return x.transpose(1, 2)  # [b,h,s,k]
 
     def merge_heads(self, x):
         """Join the heads again: [b,h,s,k] to [b,s,d]."""
-        return x.transpose(1, 2).flatten(2)  # [b,s,h,k], [b,s,d]
+        return x.transpose(1, 2).flatten(2)  # [b,s,h,k], then [b,s,d]
 
-    def forward(self, h, extended_mask):
+    def forward(self, h, extended_mask, adapt=unchanged):
         """Let every token gather from the tokens that the mask leaves visible.
 
         Shapes: h [b,s,d], extended_mask [b,1,1,s]; returns [b,s,d].
         """
-        query = self.split_heads(self.query(h))
-        key = self.split_heads(self.key(h))
-        value = self.split_heads(self.value(h))
+        # projections [b,s,d], then heads [b,h,s,k]
+        query = self.split_heads(adapt("query", self.query(h)))
+        key = self.split_heads(adapt("key", self.key(h)))
+        value = self.split_heads(adapt("value", self.value(h)))
         return self.merge_heads(self.attend(query, key, value, extended_mask, self.dropout))
 
 
 class BertLayer(nn.Module):
     """One Transformer layer: attention and feed-forward, each followed by add and norm.
 
-    Where `adapter` is set it is called at three sites and returns the replacement of what it is given:
-    "attention" and "feed_forward" (a sub-layer's output, before the residual is added), and "output" (after
-    the last LayerNorm).
+    `adapt(site, output)` returns what replaces an output of the layer. The sites are "query", "key" and "value" (the
+    projections of h), "attention" and "feed_forward" (a sub-layer's output, before the residual is added), and
+    "output" (after the last LayerNorm).
 
     Source: Vaswani et al. (2017), section 3.1; Devlin et al. (2019), section 3.
     Differs: BERTer 3 writes the second residual without the first LayerNorm, LN(h + FFN(LN(h + MH(h)))).
     """
 
-    def __init__(self, config, layer_index, attention):
+    def __init__(self, config, attention):
         super().__init__()
-        self.layer_index = layer_index
         self.self_attention = BertSelfAttention(config, attention)
         self.attention_dense = nn.Linear(config.hidden_size, config.hidden_size)
         self.attention_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -136,27 +122,21 @@ class BertLayer(nn.Module):
         self.out_dense = nn.Linear(config.intermediate_size, config.hidden_size)
         self.out_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.out_dropout = Dropout(config.hidden_dropout_prob)
-        self.adapter = None
 
-    def adapt(self, sublayer_output, layer_input, extended_mask, task, site):
-        """Pass an output through the adapter, if there is one."""
-        if self.adapter is None:
-            return sublayer_output
-        return self.adapter(sublayer_output, layer_input, extended_mask, self.layer_index, task, site)
-
-    def forward(self, h, extended_mask, task=None):
+    def forward(self, h, extended_mask, adapt=unchanged):
         """Compute the next hidden state.
 
         Shapes: h [b,s,d], extended_mask [b,1,1,s]; returns [b,s,d].
         """
-        attended = self.attention_dropout(self.attention_dense(self.self_attention(h, extended_mask)))
-        attended = self.adapt(attended, h, extended_mask, task, "attention")
-        middle = self.attention_layer_norm(h + attended)
+        # MH(h): W_O mixes what the heads gathered
+        attended = self.attention_dropout(self.attention_dense(self.self_attention(h, extended_mask, adapt)))
+        # x: the residual adds the input, so the sub-layer learns only a change of it
+        middle = self.attention_layer_norm(h + adapt("attention", attended))  # [b,s,d]
 
+        # FFN(x): each token goes through a wider layer, [b,s,d] -> [b,s,intermediate] -> [b,s,d]
         transformed = self.out_dropout(self.out_dense(self.interm_af(self.interm_dense(middle))))
-        transformed = self.adapt(transformed, h, extended_mask, task, "feed_forward")
-        output = self.out_layer_norm(middle + transformed)
-        return self.adapt(output, h, extended_mask, task, "output")
+        output = self.out_layer_norm(middle + adapt("feed_forward", transformed))  # [b,s,d]
+        return adapt("output", output)
 
 
 def build_embedding(rows, d, padding_idx=None):
@@ -167,7 +147,8 @@ def build_embedding(rows, d, padding_idx=None):
 class BertModel(BertPreTrainedModel):
     """BERT without a task: embeddings, layers and pooler.
 
-    `attention` is "plain" (written out) or "sdpa" (PyTorch's fused kernel).
+    `attention` is "plain" (written out) or "sdpa" (PyTorch's fused kernel). `adapters` is None or a function:
+    adapters(layer_index, task, h, extended_mask) returns the `adapt` of one layer (see BertLayer).
 
     Source: Devlin et al. (2019), section 3.
     """
@@ -180,12 +161,11 @@ class BertModel(BertPreTrainedModel):
         self.tk_type_embedding = build_embedding(config.type_vocab_size, d)
         self.embed_layer_norm = nn.LayerNorm(d, eps=config.layer_norm_eps)
         self.embed_dropout = Dropout(config.hidden_dropout_prob)
-        self.bert_layers = nn.ModuleList(
-            BertLayer(config, layer_index, attention) for layer_index in range(config.num_hidden_layers)
-        )
+        self.bert_layers = nn.ModuleList(BertLayer(config, attention) for _ in range(config.num_hidden_layers))
         self.pooler_dense = nn.Linear(d, d)
         self.pooler_af = nn.Tanh()
-        # from_pretrained builds on the meta device, where there is nothing to draw
+        self.adapters = None
+        # from_pretrained builds on the meta device, where tensors have no numbers to draw
         if not self.pooler_dense.weight.is_meta:
             self.init_weights(generator)
 
@@ -204,26 +184,33 @@ class BertModel(BertPreTrainedModel):
         if token_type_ids is None:
             token_type_ids = torch.zeros_like(input_ids)
         position_ids = torch.arange(s, device=input_ids.device)
-        embedding = self.word_embedding(input_ids) + self.tk_type_embedding(token_type_ids)
-        embedding = embedding + self.pos_embedding(position_ids)  # [b,s,d] + [s,d]
+        embedding = self.word_embedding(input_ids) + self.tk_type_embedding(token_type_ids)  # [b,s,d]
+        embedding = embedding + self.pos_embedding(position_ids)  # [b,s,d] + [s,d]: the same positions in every row
         return self.embed_dropout(self.embed_layer_norm(embedding))
 
     def extend_mask(self, mask, dtype):
-        """Turn a mask of 1 (token) and 0 (padding) into what is added to the attention scores.
+        """Turn a mask of 1 (token) and 0 (padding) into the numbers that are added to the attention scores.
 
         Shapes: mask [b,s]; returns [b,1,1,s].
         Differs: the same finite score in every precision, not the lowest number of the dtype.
         """
+        # 1 becomes 0 and 0 becomes MASKED_SCORE; the two new dimensions stand for all heads and all queries
         return (1.0 - mask[:, None, None, :].to(dtype)) * MASKED_SCORE
 
     def encode(self, h, mask, task=None, start=0, stop=None):
         """Run the layers after `start` up to and with `stop`, yielding (i, h) after layer i.
 
+        A generator, so that the caller can read the states between the layers (early exit). `task` selects the
+        adapters; without a task the layers are plain.
+
         Shapes: h [b,s,d], mask [b,s]; yields h [b,s,d].
         """
         extended_mask = self.extend_mask(mask, h.dtype)
         for layer_index in range(start, self.config.num_hidden_layers if stop is None else stop):
-            h = self.bert_layers[layer_index](h, extended_mask, task)
+            adapt = unchanged
+            if self.adapters is not None and task is not None:
+                adapt = self.adapters(layer_index, task, h, extended_mask)
+            h = self.bert_layers[layer_index](h, extended_mask, adapt)
             yield layer_index + 1, h
 
     def pool(self, h):
@@ -231,15 +218,13 @@ class BertModel(BertPreTrainedModel):
 
         Shapes: h [b,s,d]; returns [b,d].
         """
-        return self.pooler_af(self.pooler_dense(h[:, 0]))
+        return self.pooler_af(self.pooler_dense(h[:, 0]))  # h[:, 0] [b,d] is the state of [CLS]
 
     def forward(self, input_ids, attention_mask, token_type_ids=None):
-        """Give the last hidden state and the pooled sentence vector of each text.
+        """Compute the last hidden state and the pooled sentence vector of each text.
 
         Shapes: arguments [b,s]; returns last_hidden_state [b,s,d] and pooler_output [b,d].
         """
-        h = self.embed(input_ids, token_type_ids)
-        extended_mask = self.extend_mask(attention_mask, h.dtype)
-        for layer in self.bert_layers:
-            h = layer(h, extended_mask)
+        for _, state in self.encode(self.embed(input_ids, token_type_ids), attention_mask):
+            h = state  # after the loop: the state after the last layer
         return {"last_hidden_state": h, "pooler_output": self.pool(h)}

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 import multitask_classifier
-from base_bert import WEIGHTS_FOLDER, BertConfig, find_weights
+from base_bert import BertConfig
 from bert import BertModel
 from datasets import Batch, read_dataset
 from errors import InputError
@@ -48,6 +48,7 @@ from slf import Phase
 from tasks import build_tasks
 from timing import Stopwatch, synchronize, timed
 from tokenizer import BertTokenizer
+from weights import WEIGHTS_FOLDER, find_weights
 
 HERE = Path(__file__).parent
 SEED = 11711

@@ -1,5 +1,6 @@
 """Adapters: definitions against independent references, identity at start, sizes, and what trains."""
 
+import argparse
 import copy
 import math
 from dataclasses import replace
@@ -11,10 +12,17 @@ from tiny import make_batch, make_config, make_model
 from torch import nn
 
 from adapters import (
+    ADAPTERS,
     BOTTLENECK_STD,
+    KINDS,
     LHUC,
-    PLACES,
+    LORA_ALPHA,
+    LORA_RANK,
+    SITES,
     Bottleneck,
+    Context,
+    Kind,
+    LoRA,
     ProjectedAttention,
     build_adapters,
     count_parameters,
@@ -22,8 +30,9 @@ from adapters import (
     trained_with,
 )
 from base_bert import BertConfig
+from tasks import build_tasks
 
-COMBINATIONS = [(kind,) for kind in PLACES] + [(kind, "lhuc") for kind in PLACES if kind != "lhuc"]
+COMBINATIONS = [(kind,) for kind in KINDS] + [(kind, "lhuc") for kind in KINDS if kind != "lhuc"]
 NAMES = ["+".join(kinds) for kinds in COMBINATIONS]
 
 
@@ -96,10 +105,19 @@ def test_projected_attention_equals_pytorch_values_and_gradients():
     mask = torch.tensor([[1] * 7, [1] * 4 + [0] * 3])
     upstream = torch.randn(2, 7, 12, generator=seeded(3), dtype=torch.float64)
     results = []
-    for given in (pal(x, (1.0 - mask[:, None, None].double()) * -1e4), torch_attention(pal, x, mask)):
+    for given in (pal.attend(x, (1.0 - mask[:, None, None].double()) * -1e4), torch_attention(pal, x, mask)):
         results.append((given, *torch.autograd.grad((given * upstream).sum(), x)))
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+def merge(attention, sites):
+    """Replace the weights W of an attention's projections by W + (alpha / r) B A."""
+    with torch.no_grad():
+        for site in ("query", "value"):
+            lora = sites[site]["lora"]
+            product = lora.up.weight @ lora.down.weight
+            getattr(attention, site).weight.add_(LORA_ALPHA / len(lora.down.weight) * product)
 
 
 @pytest.mark.parametrize("kinds", COMBINATIONS, ids=NAMES)
@@ -111,7 +129,10 @@ def test_each_kind_sits_where_its_paper_puts_it(kinds):
     for i, layer in enumerate(model.bert.bert_layers):
         sites = model.adapters.layers[i]["para"]
         extended_mask = model.bert.extend_mask(mask, h.dtype)
-        attended = layer.attention_dense(layer.self_attention(h, extended_mask))
+        attention = copy.deepcopy(layer.self_attention)
+        if "lora" in kinds:
+            merge(attention, sites)
+        attended = layer.attention_dense(attention(h, extended_mask))
         if "houlsby" in kinds:
             attended = sites["attention"]["houlsby"](attended)
         middle = layer.attention_layer_norm(h + attended)
@@ -127,10 +148,12 @@ def test_each_kind_sits_where_its_paper_puts_it(kinds):
             expected = sites["output"]["after"](expected)
         if "lhuc" in kinds:
             expected = expected * 2 / (1 + torch.exp(-sites["output"]["lhuc"].r))
-        h_next = layer(h, extended_mask, "para")
+        adapted = model.adapters(i, "para", h, extended_mask)
+        h_next = layer(h, extended_mask, adapted)
         # the states of padding are never read, and PyTorch sets some of them to 0
         torch.testing.assert_close(h_next[mask == 1], expected[mask == 1], rtol=1e-10, atol=1e-10)
-        assert not torch.allclose(h_next, layer(h, extended_mask, "sst"))
+        other = model.adapters(i, "sst", h, extended_mask)
+        assert not torch.allclose(h_next, layer(h, extended_mask, other))
         h = h_next
 
 
@@ -176,6 +199,7 @@ def test_building_draws_from_the_given_generator_only():
         ("after", 12 * (2 * 768 * 64 + 64 + 768)),
         ("houlsby", 2_379_264),  # 2.38 M in Houlsby et al.
         ("pal", 1_811_520),  # 1.81 M: 2 * 768 * 204 shared, and 3 * 204 * 204 a layer
+        ("lora", 294_912),  # 0.3 M in Hu et al., table 2 (RoBERTa base, with the same d and L)
         ("lhuc", 9_216),
     ],
 )
@@ -201,6 +225,63 @@ def test_report_adds_up_and_counts_every_parameter_once():
     assert lines[1] == ["pal", "516", "516", "1,032"]  # 2 * 16 * 6 + 3 layers of 3 * 36
     assert lines[2] == ["lhuc", "48", "48", "96"]
     assert sum(parameter.numel() for parameter in adapters.parameters()) == 1032 + 96
+
+
+# ---- LoRA ------------------------------------------------------------------------------------------------
+
+
+def test_lora_by_hand():
+    """d = 2, r = 1: A h = 1 * 3 + 2 * 4 = 11, alpha / r = 16, B A h = (11, -5.5)."""
+    lora = LoRA(2, 1, 0.02, None).double()
+    lora.load_state_dict({"down.weight": torch.tensor([[1.0, 2.0]]), "up.weight": torch.tensor([[1.0], [-0.5]])})
+    h = torch.tensor([[[3.0, 4.0]]], dtype=torch.float64)
+    output = lora(torch.tensor([[[10.0, 10.0]]], dtype=torch.float64), Context(h, None, None))
+    torch.testing.assert_close(output, torch.tensor([[[10 + 16 * 11.0, 10 - 16 * 5.5]]], dtype=torch.float64))
+
+
+def test_lora_starts_normal_and_zero():
+    lora = build_adapters(BertConfig(num_hidden_layers=1), ["sst"], ("lora",), None, seeded()).layers[0]["sst"]
+    assert [site for site in SITES if len(lora[site])] == ["query", "value"]
+    module = lora["query"]["lora"]
+    assert module.down.weight.shape == (LORA_RANK, 768) and module.up.weight.shape == (768, LORA_RANK)
+    assert module.down.weight.std().item() == pytest.approx(0.02, rel=0.05) and not module.up.weight.any()
+    assert module.scale == LORA_ALPHA / LORA_RANK == 2
+
+
+@pytest.mark.parametrize("attention", ["plain", "sdpa"])
+@pytest.mark.parametrize("encoding", ["concat", "embed_concat", "siamese"])
+def test_lora_equals_merged_weights(encoding, attention):
+    """A model whose query and value weights are W + (alpha / r) B A gives the same logits, for every encoding."""
+    tasks = build_tasks(pairs={"para": encoding, "sts": encoding})
+    model = adapt(make_model(tasks, attention=attention, exits=True), ("lora",), random=True)
+    for name in tasks:
+        merged = make_model(tasks, attention=attention, exits=True)
+        for i, layer in enumerate(merged.bert.bert_layers):
+            merge(layer.self_attention, model.adapters.layers[i][name])
+        batch, exits = make_batch(tasks[name]), (1, 2, 3)
+        ours, expected = model(batch, exits=exits).logits, merged(batch, exits=exits).logits
+        plain = make_model(tasks, attention=attention, exits=True)(batch, exits=exits).logits
+        for i in exits:
+            torch.testing.assert_close(ours[i], expected[i], rtol=1e-10, atol=1e-10)
+            assert not torch.allclose(ours[i], plain[i])
+
+
+def test_lora_has_the_gradients_of_merged_weights():
+    """dL/dB = s (dL/dW) A^T and dL/dA = s B^T (dL/dW), with s = alpha / r and W the merged weights."""
+    model = adapt(make_model(), ("lora",), random=True)
+    merged = make_model()
+    for i, layer in enumerate(merged.bert.bert_layers):
+        merge(layer.self_attention, model.adapters.layers[i]["sts"])
+    for each in (model, merged):
+        losses(each, make_batch(each.tasks["sts"])).backward()
+    for i, layer in enumerate(merged.bert.bert_layers):
+        for site in ("query", "value"):
+            gradient = getattr(layer.self_attention, site).weight.grad
+            lora = model.adapters.layers[i]["sts"][site]["lora"]
+            expected = lora.scale * gradient @ lora.down.weight.T
+            torch.testing.assert_close(lora.up.weight.grad, expected, rtol=1e-9, atol=1e-12)
+            expected = lora.scale * lora.up.weight.T @ gradient
+            torch.testing.assert_close(lora.down.weight.grad, expected, rtol=1e-9, atol=1e-12)
 
 
 # ---- what trains -----------------------------------------------------------------------------------------
@@ -324,3 +405,99 @@ def test_a_copy_of_the_model_has_adapters_of_its_own():
         nn.init.zeros_(parameter)
     assert torch.equal(twin(batch).logits[3], expected)
     assert not torch.equal(model(batch).logits[3], expected)
+
+
+# ---- the registry and the record -------------------------------------------------------------------------
+
+
+class Shift(nn.Module):
+    """A kind from outside: add a learned vector."""
+
+    def __init__(self, d):
+        super().__init__()
+        self.vector = nn.Parameter(torch.zeros(d))
+
+    def forward(self, output, context):
+        assert output.shape == context.h.shape and context.extended_mask.dim() == 4
+        return output + self.vector
+
+
+def test_a_kind_from_outside_needs_one_entry(monkeypatch):
+    """It sits at its places, draws, counts and trains like the others, with lhuc after it, and is a choice."""
+    monkeypatch.setitem(KINDS, "shift", Kind(("key", "output"), lambda config, size, generator: Shift(16)))
+    model = make_model()
+    batch = make_batch(model.tasks["para"])
+    plain = model(batch).logits[3]
+    adapt(model, ("shift", "lhuc"))
+    assert torch.equal(model(batch).logits[3], plain)
+    assert list(model.adapters.layers[0]["para"]["output"]) == ["shift", "lhuc"]
+    assert count_parameters(model.adapters)["shift"] == dict.fromkeys(model.tasks, 3 * 2 * 16)
+    losses(model, batch).backward()
+    gradients = [p.grad for name, p in model.adapters.named_parameters() if "para.output.shift" in name]
+    assert len(gradients) == 3 and all(gradient.any() for gradient in gradients)
+    assert not trained_with("bert.embed_layer_norm.weight", ("shift",))
+    group = argparse.ArgumentParser()
+    ADAPTERS.add_flags(group)
+    assert group.parse_args(["--adapter", "shift", "lhuc"]).adapter == ["shift", "lhuc"]
+
+
+def complaints(*adapter, option="finetune", train_backbone=False):
+    """The sentences that the record gives against these flags."""
+    flags = {"adapter": list(adapter), "option": option, "train_backbone": train_backbone}
+    return [sentence for applies, sentence in ADAPTERS.conflicts(flags, set()) if applies]
+
+
+def test_combinations_without_sense_are_refused():
+    for allowed in (("none",), ("lora",), ("pal", "lhuc"), ("lhuc", "lora"), ("lhuc",)):
+        assert not complaints(*allowed)
+    assert not complaints("pal", train_backbone=True) and not complaints("none", option="pretrain")
+    for adapter, words in ((("none", "pal"), "none"), (("pal", "lora"), "lhuc"), (("before", "after", "lhuc"), "lhuc")):
+        assert any(words in sentence for sentence in complaints(*adapter))
+    assert "--train_backbone" in complaints("none", train_backbone=True)[0]
+    assert "--option finetune" in complaints("lora", option="pretrain")[0]
+
+
+def test_the_record_builds_nothing_when_off():
+    flags = {"adapter": ["none"], "train_backbone": False}
+    assert ADAPTERS.adapters(flags, make_config(), ["sst"], None) is None
+    assert ADAPTERS.trains(flags, make_model()) is None
+
+
+def test_the_record_builds_the_adapters_and_freezes_the_backbone():
+    model = make_model()
+    flags = {"adapter": ["lora"], "train_backbone": False}
+    model.adapters = ADAPTERS.adapters(flags, model.bert.config, list(model.tasks), seeded())
+    expected = {name for name, _ in model.named_parameters() if name.startswith(("adapters.", "heads."))}
+    assert ADAPTERS.trains(flags, model) == expected
+    assert ADAPTERS.trains(flags | {"train_backbone": True}, model) is None
+
+
+def test_a_size_that_an_earlier_version_recorded_is_used():
+    flags = {"adapter": ["before"], "adapter_size": 5}
+    adapters = ADAPTERS.adapters(flags, make_config(layers=2), ["sst"], seeded())
+    assert count_parameters(adapters) == {"before": {"sst": 2 * (160 + 21)}}
+
+
+@pytest.mark.parametrize("kinds", [None, ("lora", "lhuc"), ("pal",), ("houlsby",)], ids=str)
+def test_compiled_layers_share_one_translation_and_compute_the_same(kinds):
+    """A layer receives a new function for its adapters at every step: that alone must not translate it again.
+
+    One translation serves all layers, tasks, batch sizes and lengths, and yet each task uses its own adapters.
+    """
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    plain, compiled = make_model(exits=True), make_model(exits=True)
+    for model in (plain, compiled):
+        if kinds:
+            adapt(model, kinds, random=True)
+    for layer in compiled.bert.bert_layers:
+        layer.compile(dynamic=True, backend="eager")
+    for step in range(4):
+        for model in (plain, compiled):
+            model.zero_grad()
+            for task in model.tasks.values():
+                losses(model, make_batch(task, b=3 + step, s=9 + step)).backward()
+        for ours, expected in zip(compiled.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(ours.grad, expected.grad, rtol=1e-9, atol=1e-9)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    torch._dynamo.reset()

@@ -1,4 +1,7 @@
-"""BERT against transformers, golden values and hand-worked properties; read bert.py before it."""
+"""BERT against transformers, golden values and hand-worked properties.
+
+Only the tests of an inner function use its name: a BERT written differently fails those tests and no others.
+"""
 
 import dataclasses
 from pathlib import Path
@@ -9,10 +12,13 @@ import safetensors.torch
 import torch
 from make_bert_golden import SIZES as GOLDEN_SIZES
 
-from base_bert import WEIGHTS_FOLDER, BertConfig, hub_name
-from bert import LEVELS, BertModel, Dropout, attend_plain, dropout_state
+import base_bert
+import bert
+from base_bert import BertConfig, hub_name
+from bert import BertModel
 from errors import InputError
 from tokenizer import BertTokenizer
+from weights import WEIGHTS_FOLDER
 
 MINILM = WEIGHTS_FOLDER / "all-MiniLM-L6-v2"
 needs_minilm = pytest.mark.skipif(not (MINILM / "model.safetensors").is_file(), reason="run ./setup.sh first")
@@ -277,7 +283,7 @@ def test_attention_is_as_narrow_as_its_scores_under_autocast():
     mask[:, :, :, -1] = -1e4
     seen = []
     with torch.autocast("cpu", torch.bfloat16):
-        attend_plain(query, key, value, mask, lambda weights: seen.append(weights) or weights)
+        bert.attend_plain(query, key, value, mask, lambda weights: seen.append(weights) or weights)
     [weights] = seen
     assert weights.dtype == torch.bfloat16 and (weights[..., -1] == 0).all()
     expected = torch.softmax(query[..., :].float() @ key[..., :-1, :].float().transpose(-1, -2) / 8**0.5, dim=-1)
@@ -312,27 +318,62 @@ def test_encode_starts_and_stops_where_it_is_told():
     assert list(model.encode(h, mask, start=2, stop=2)) == []
 
 
+SITES = ["query", "key", "value", "attention", "feed_forward", "output"]
+
+
 def test_adapter_sees_each_site_and_replaces_its_output():
     """With both sub-layers' outputs made 0 a layer is two LayerNorms of its input; the last is doubled."""
     model = tiny_model()
     input_ids, mask, types = random_batch(model.config)
     h = model.embed(input_ids, types)
     plain = dict(model.encode(h, mask))
-    calls = []
+    layers, sites = [], []
 
-    def adapter(sublayer_output, layer_input, extended_mask, layer_index, task, site):
-        calls.append((layer_index, task, site))
-        assert layer_input is h and sublayer_output.shape == h.shape and extended_mask.shape == (3, 1, 1, 9)
-        return 2 * sublayer_output if site == "output" else torch.zeros_like(sublayer_output)
+    def adapters(layer_index, task, layer_input, extended_mask):
+        assert layer_input is h and extended_mask.shape == (3, 1, 1, 9)
+        layers.append((layer_index, task))
 
+        def adapt(site, output):
+            assert output.shape == h.shape
+            sites.append(site)
+            if site in ("attention", "feed_forward"):
+                return torch.zeros_like(output)
+            return 2 * output if site == "output" else output
+
+        return adapt
+
+    model.adapters = adapters
     layer = model.bert_layers[1]
-    layer.adapter = adapter
     adapted = dict(model.encode(h, mask, task="sst", start=1))[2]
-    assert calls == [(1, "sst", "attention"), (1, "sst", "feed_forward"), (1, "sst", "output")]
+    assert layers == [(1, "sst")] and sites == SITES
     assert torch.equal(adapted, 2 * layer.out_layer_norm(layer.attention_layer_norm(h)))
 
-    layer.adapter = lambda sublayer_output, *_: sublayer_output
+    # without a task nothing is adapted, and an adapter may return what it gets
     assert torch.equal(dict(model.encode(h, mask))[2], plain[2])
+    assert torch.equal(model(input_ids, mask, types)["last_hidden_state"], plain[2])
+    model.adapters = lambda *_: bert.unchanged
+    assert torch.equal(dict(model.encode(h, mask, "sst"))[2], plain[2])
+
+
+@pytest.mark.parametrize("attention", ["plain", "sdpa"])
+def test_adapted_projections_equal_a_model_with_such_weights(attention):
+    """An adapter may add a linear map of h to a projection: the same as adding its matrix to the weights."""
+    model, merged = tiny_model(attention), tiny_model(attention)
+    batch = random_batch(model.config)
+    extra = {site: torch.randn(16, 16, dtype=torch.float64) for site in SITES[:3]}
+
+    def adapters(layer_index, task, h, extended_mask):
+        return lambda site, output: output + h @ extra[site].T if site in extra else output
+
+    model.adapters = adapters
+    with torch.no_grad():
+        for layer in merged.bert_layers:
+            for site, matrix in extra.items():
+                getattr(layer.self_attention, site).weight.add_(matrix)
+    h = model.embed(batch[0], batch[2])
+    for (i, ours), (j, expected) in zip(model.encode(h, batch[1], "sst"), merged.encode(h, batch[1]), strict=True):
+        assert i == j
+        torch.testing.assert_close(ours, expected, atol=1e-10, rtol=0)
 
 
 def test_course_parameter_names():
@@ -370,11 +411,11 @@ def test_initialisation_follows_the_generator_and_the_configured_spread():
 def test_dropout_statistics():
     """Each of the four numbers cut from one draw is kept with one chance, independently of the others."""
     p, draws = 0.1, 400_000
-    dropped = round(p * LEVELS)
-    values = Dropout(p)(torch.ones(draws, 4, dtype=torch.float64))
-    assert set(values.unique().tolist()) == {0.0, LEVELS / (LEVELS - dropped)}
+    dropped = round(p * base_bert.LEVELS)
+    values = bert.Dropout(p)(torch.ones(draws, 4, dtype=torch.float64))
+    assert set(values.unique().tolist()) == {0.0, base_bert.LEVELS / (base_bert.LEVELS - dropped)}
     kept = (values != 0).double()
-    chance = 1 - dropped / LEVELS
+    chance = 1 - dropped / base_bert.LEVELS
     deviation = (chance * (1 - chance) / draws) ** 0.5
     assert (kept.mean(0) - chance).abs().max() < 5 * deviation
     correlation = torch.corrcoef(torch.cat([kept[1:], kept[:-1]], 1).T)
@@ -384,14 +425,14 @@ def test_dropout_statistics():
 @pytest.mark.parametrize("p", [0.3, 0.5, 0.9])
 def test_dropout_keeps_the_mean_and_passes_the_gradient_through_the_kept(p):
     x = torch.full((999, 333), 2.0, requires_grad=True)
-    output = Dropout(p)(x)
+    output = bert.Dropout(p)(x)
     assert abs(output.mean() / 2 - 1) < 5 * (p / (1 - p) / x.numel()) ** 0.5
     output.sum().backward()
     assert torch.equal(2 * x.grad, output)
 
 
 def test_dropout_replays_from_the_generator_state():
-    dropout, x = Dropout(0.5), torch.randn(7, 3, 5)
+    dropout, x = bert.Dropout(0.5), torch.randn(7, 3, 5)
     state = torch.get_rng_state()
     first, second = dropout(x), dropout(x)
     torch.set_rng_state(state)
@@ -409,21 +450,21 @@ def test_each_kind_of_device_has_its_own_generator_for_dropout(monkeypatch):
             source, "set_rng_state", lambda state, kind=kind, **place: called.append((kind, "set", *place.values()))
         )
     for name in ("cuda:1", "mps"):
-        get_state, set_state = dropout_state(torch.device(name))
+        get_state, set_state = bert.dropout_state(torch.device(name))
         set_state(get_state())
     first = torch.device("cuda:1")
     assert called == [("cuda", "get", first), ("cuda", "set", first), ("mps", "get"), ("mps", "set")]
-    assert dropout_state(torch.device("cpu")) == (torch.get_rng_state, torch.set_rng_state)
+    assert bert.dropout_state(torch.device("cpu")) == (torch.get_rng_state, torch.set_rng_state)
 
 
 def test_dropout_is_the_identity_in_evaluation_and_at_zero():
     x = torch.randn(3, 5)
-    assert Dropout(0.5).eval()(x) is x
-    assert Dropout(0.0)(x) is x
+    assert bert.Dropout(0.5).eval()(x) is x
+    assert bert.Dropout(0.0)(x) is x
 
 
 def test_dropout_takes_any_number_of_elements_in_any_layout():
     for shape in ((0, 4), (1, 1), (3, 5), (2, 3)):
         x = torch.ones(shape, dtype=torch.bfloat16).T
-        output = Dropout(0.5)(x)
+        output = bert.Dropout(0.5)(x)
         assert output.shape == x.shape and output.dtype == x.dtype

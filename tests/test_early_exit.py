@@ -1,6 +1,7 @@
 """Early exit against one-by-one inference, against full depth, and against values worked out by hand."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -38,11 +39,10 @@ POLICIES = {"sst": "confidence", "para": "confidence", "sts": "lte"}
 class MaskedMean(nn.Module):
     """An adapter that depends on the task, on the layer, and on all tokens that the mask leaves visible."""
 
-    def forward(self, sublayer_output, layer_input, extended_mask, layer_index, task, site):
-        if site != "feed_forward":
-            return sublayer_output
+    def forward(self, layer_index, task, h, extended_mask):
         visible = extended_mask.squeeze(1).softmax(-1)  # [b,1,s]
-        return sublayer_output + (layer_index + 1) * (0.5 if task == "sts" else -0.3) * (visible @ layer_input)
+        change = (layer_index + 1) * (0.5 if task == "sts" else -0.3) * (visible @ h)
+        return lambda site, output: output + change if site == "feed_forward" else output
 
 
 def make_exits(encoding="concat", dtype=torch.float64, adapters=False, layers=4, pooling="cls"):
@@ -55,8 +55,7 @@ def make_exits(encoding="concat", dtype=torch.float64, adapters=False, layers=4,
         for parameter in heads.parameters():
             nn.init.normal_(parameter, 0.0, 1.0, generator=generator)
     if adapters:
-        for layer in model.bert.bert_layers:
-            layer.adapter = MaskedMean()
+        model.bert.adapters = MaskedMean()
     return model.to(dtype).eval(), tasks
 
 
@@ -83,11 +82,11 @@ def count_rows(model):
     """Hooks that count the rows each layer is given: a list that fills as the model runs."""
     counts = [0] * model.depth
 
-    def count(layer, arguments):
-        counts[layer.layer_index] += len(arguments[0])
+    def count(i, layer, arguments):
+        counts[i] += len(arguments[0])
 
-    for layer in model.bert.bert_layers:
-        layer.register_forward_pre_hook(count)
+    for i, layer in enumerate(model.bert.bert_layers):
+        layer.register_forward_pre_hook(partial(count, i))
     return counts
 
 

@@ -554,7 +554,7 @@ def test_lnsr_equals_the_sum_written_out(name, encoding):
         extended = model.bert.extend_mask(mask, x.dtype)
         clean, noisy = x, x + scale * noise
         for layer in model.bert.bert_layers[:2]:
-            clean, noisy = layer(clean, extended, name), layer(noisy, extended, name)
+            clean, noisy = layer(clean, extended), layer(noisy, extended)
             changes = [((c - n)[m.bool()] ** 2).sum() for c, n, m in zip(clean, noisy, mask, strict=True)]
             total = total + torch.stack(changes)
         tokens = tokens + mask.sum(-1)

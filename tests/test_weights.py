@@ -1,5 +1,6 @@
-"""Finding, loading, refusing and saving weights; read base_bert.py before it."""
+"""Finding, loading, refusing and saving weights, and the pooling that they were trained with."""
 
+import hashlib
 import json
 import os
 import pickle
@@ -10,10 +11,11 @@ import pytest
 import safetensors.torch
 import torch
 
-import base_bert
-from base_bert import BertConfig, find_weights, hub_name
+import weights
+from base_bert import BertConfig, hub_name
 from bert import BertModel
 from errors import InputError
+from weights import WEIGHTS_FOLDER, find_weights, pooling_of
 
 SIZES = {
     "vocab_size": 30,
@@ -410,8 +412,8 @@ def test_a_save_that_fails_leaves_the_folder_as_it_was(folder, monkeypatch):
 
 def test_save_refuses_a_model_with_an_adapter(tmp_path):
     model = small_model()
-    model.bert_layers[0].adapter = torch.nn.Linear(12, 12)
-    assert_refused(lambda: model.save_pretrained(tmp_path / "copy"), "bert_layers.0.adapter.weight")
+    model.adapters = torch.nn.Linear(12, 12)
+    assert_refused(lambda: model.save_pretrained(tmp_path / "copy"), "adapters.weight", "take the adapter off")
     assert not (tmp_path / "copy").exists()
 
 
@@ -446,7 +448,7 @@ def test_we_load_what_transformers_saved(tmp_path):
 
 
 def test_auto_takes_bert_base_where_it_is_complete_and_minilm_else(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(base_bert, "WEIGHTS_FOLDER", tmp_path / "weights")
+    monkeypatch.setattr(weights, "WEIGHTS_FOLDER", tmp_path / "weights")
     minilm, bert_base = tmp_path / "weights" / "all-MiniLM-L6-v2", tmp_path / "weights" / "bert-base-uncased"
     assert_refused(lambda: find_weights("auto"), "all-MiniLM-L6-v2", "config.json", "run ./setup.sh")
     shutil.copytree(folder, minilm)
@@ -477,3 +479,83 @@ def test_folders_in_each_format_are_found(folder):
     index.unlink()
     torch.save({}, folder / "pytorch_model.bin")
     assert find_weights(folder) == folder
+
+
+def test_a_model_loads_by_a_known_name(folder, tmp_path, monkeypatch):
+    """A course's script gives the hub's name; the program's folder of weights has it."""
+    monkeypatch.setattr(weights, "WEIGHTS_FOLDER", tmp_path / "weights")
+    assert_refused(lambda: BertModel.from_pretrained("bert-base-uncased"), "run ./setup.sh --bert-base")
+    shutil.copytree(folder, tmp_path / "weights" / "bert-base-uncased")
+    expected = small_model().state_dict()
+    for name in ("bert-base-uncased", "bert-base"):
+        loaded = BertModel.from_pretrained(name).state_dict()
+        assert all(torch.equal(tensor, expected[key]) for key, tensor in loaded.items())
+
+
+# ---- pooling ---------------------------------------------------------------------------------------------
+
+
+def write_pooling(folder, **modes):
+    """Write the pooling file of sentence-transformers; the modes are True, all others False."""
+    names = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens")
+    values = {f"pooling_mode_{name}": modes.get(name, False) for name in names}
+    (folder / "1_Pooling").mkdir(exist_ok=True)
+    path = folder / "1_Pooling" / "config.json"
+    path.write_text(json.dumps({"word_embedding_dimension": 12, **values, "include_prompt": True}))
+    return path
+
+
+def test_pooling_is_read_from_the_folder(folder):
+    path = write_pooling(folder, mean_tokens=True)
+    assert pooling_of(folder) == ("mean", f"{path} sets mean pooling")
+    write_pooling(folder, cls_token=True)
+    assert pooling_of(folder) == ("cls", f"{path} sets cls pooling")
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"), [("mean", "mean"), ("cls", "cls"), ("max", None), (["cls", "mean"], None)]
+)
+def test_pooling_is_read_in_the_format_of_version_6(folder, mode, expected):
+    path = write_pooling(folder)
+    path.write_text(json.dumps({"embedding_dimension": 12, "pooling_mode": mode, "include_prompt": True}))
+    pooling, reason = pooling_of(folder)
+    assert pooling == (expected or "cls") and ("--pooling mean" in reason) == (expected is None)
+
+
+def test_a_pooling_that_is_not_ours_decides_nothing(folder):
+    for modes in ({}, {"max_tokens": True}, {"mean_tokens": True, "cls_token": True}):
+        write_pooling(folder, **modes)
+        pooling, reason = pooling_of(folder)
+        assert pooling == "cls" and "--pooling mean" in reason
+
+
+def test_a_damaged_pooling_file_is_refused(folder):
+    path = write_pooling(folder)
+    path.write_text("{")
+    assert_refused(lambda: pooling_of(folder), str(path), "download it again")
+
+
+def test_known_weights_are_recognised_by_their_content(folder, monkeypatch):
+    pooling, reason = pooling_of(folder)
+    assert pooling == "cls" and str(folder) in reason and "--pooling mean" in reason
+    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    for expected in ("mean", "cls"):
+        monkeypatch.setitem(weights.KNOWN_POOLING, digest, ("the small model", expected))
+        pooling, reason = pooling_of(folder)
+        assert pooling == expected and "the small model" in reason and "--pooling" not in reason
+    # the file of the folder has precedence
+    write_pooling(folder, mean_tokens=True)
+    assert pooling_of(folder)[0] == "mean"
+    shutil.rmtree(folder / "1_Pooling")
+    write_parts(folder, "safetensors")
+    assert pooling_of(folder)[0] == "cls"
+
+
+@pytest.mark.skipif(not (WEIGHTS_FOLDER / "all-MiniLM-L6-v2").is_dir(), reason="run ./setup.sh first")
+def test_the_small_default_was_tuned_with_a_mean():
+    assert pooling_of(find_weights("minilm"))[0] == "mean"
+
+
+def test_known_hashes_are_those_that_are_downloaded():
+    text = (WEIGHTS_FOLDER.parent / "download.py").read_text()
+    assert all(digest in text for digest in weights.KNOWN_POOLING)
