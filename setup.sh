@@ -4,7 +4,7 @@ set -euo pipefail
 
 root="$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
 venv="$root/.venv"
-# copies of the requirement files, laid down when their installation is complete
+# copies of the requirement files, written when their installation is complete
 stamp="$venv/installed-requirements.txt"
 dev_stamp="$venv/installed-requirements-dev.txt"
 
@@ -24,6 +24,9 @@ an interrupted one is repaired by the next.
 
 PYTHON names the Python to use (3.11, 3.12 or 3.13), for example:
   PYTHON=python3.12 ./setup.sh
+
+HTTPS_PROXY names a proxy. REQUESTS_CA_BUNDLE names a file of certificates, for
+a network that has its own.
 TEXT
 }
 
@@ -69,7 +72,7 @@ installed() {
 }
 
 last_error() {
-    # pip's own last error without its prefix, or whatever was said last
+    # pip's last error without its prefix, or the last line of the log
     { grep '^ERROR' "$log" || cat "$log"; } | tail -n 1 | sed 's/^ERROR: //'
 }
 
@@ -96,7 +99,7 @@ install_packages() {
     if [ -n "$venv_version" ] && installed; then
         return
     fi
-    # without its stamp an environment is half made: packages in it may look installed and not be
+    # without its stamp .venv is incomplete: pip may list packages in it that were copied only in part
     if [ -z "$venv_version" ] || [ ! -e "$stamp" ]; then
         find_python
         echo "Making .venv with Python $version"
@@ -104,7 +107,7 @@ install_packages() {
  on Debian and Ubuntu install python$version-venv, then run this again"
     fi
     echo "Installing $file into .venv (some minutes the first time)"
-    # an environment that is whole must stay so where there is no network: look first, then touch it
+    # without a network a complete .venv must stay complete: the dry run fails before anything is changed
     [ ! -e "$stamp" ] || pip_install "$file" --dry-run
     rm -f "$stamp" "$dev_stamp"
     pip_install "$file"
@@ -146,16 +149,20 @@ log="$(mktemp "${TMPDIR:-/tmp}/minbert-setup.XXXXXX")"
 trap 'rm -f "$log"' EXIT
 install_packages
 
-# each step says itself, in one line, what went wrong; the ones after it still run
+fetch() {
+    "$venv/bin/python" "$root/download.py" "$@"
+}
+
+# each step prints its own error in one line; the steps after it still run
 status=0
-"$venv/bin/python" "$root/download.py" minilm || status=1
+fetch minilm || status=1
 if [ -n "$data_folder" ]; then
-    "$venv/bin/python" "$root/download.py" data --from "$data_folder" || status=$?
+    fetch data --from "$data_folder" || status=$?
 elif [ "$data" = yes ]; then
-    "$venv/bin/python" "$root/download.py" data || status=1
+    fetch data || status=1
 fi
 if [ "$bert_base" = yes ]; then
-    "$venv/bin/python" "$root/download.py" bert-base || status=1
+    fetch bert-base || status=1
 fi
 if [ "$status" = 0 ]; then
     echo "Ready: .venv/bin/python"
