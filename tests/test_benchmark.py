@@ -1,4 +1,4 @@
-"""Every part of the benchmark runs on a tiny model and gives numbers; no time is asserted. Read benchmark.py first."""
+"""Every part of the benchmark runs on a tiny model and returns numbers; no time is asserted."""
 
 import json
 from pathlib import Path
@@ -7,14 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-import benchmark
 import multitask_classifier
-import peer
-import timing
-import workloads
 from base_bert import BertConfig
 from bert import BertModel
 from errors import InputError
+from lab import benchmark, ours, peer, timing, variants, workloads
 from tasks import build_tasks
 from tokenizer import SPECIAL_TOKENS
 
@@ -22,22 +19,16 @@ SAMPLE = Path(__file__).parents[1] / "data" / "sample"
 CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,!?'\"-"
 TINY = dict(hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16)
 SIZES = workloads.Sizes(
+    workloads.Examples(20, train=24, dev=24, evaluated=24, remembered=24, growth=(24, 30), pairs=40),
     rounds=1,
     epoch_rounds=1,
     repeats=1,
-    sentences=20,
-    train=24,
-    dev=24,
-    evaluated=24,
-    remembered=24,
-    growth=(24, 30),
-    pairs=40,
     steps=((3, 8),),
     lengths=(8, 12),
     optimized=(("tiny", dict(vocab_size=20, **TINY)),),
     matrices=(16,),
     compiler="eager",
-    whole=False,
+    full_epoch=False,
 )
 
 
@@ -86,10 +77,9 @@ def in_this_process(monkeypatch):
 
     def launch(*arguments, **environment):
         words = list(map(str, arguments))
-        for module in (multitask_classifier, peer):
-            at = [i for i, word in enumerate(words) if Path(word).name == f"{module.__name__}.py"]
-            if at:
-                module.main(words[at[0] + 1 :])
+        for name, module in (("multitask_classifier.py", multitask_classifier), ("lab.peer", peer)):
+            if name in words:
+                module.main(words[words.index(name) + 1 :])
                 return 1.0
         assert words[0] == "-c" and compile(words[1], "code", "exec")
         return 1.0
@@ -107,10 +97,13 @@ def test_everybody_gets_the_same_examples(setup, tmp_path):
     lengths, whole = workloads.write_subset(setup, tmp_path, train=24, dev=24)
     assert whole == {"train": 1200, "dev": 302}
     for split in ("train", "dev"):
-        ours, peer = workloads.read_split(setup, tmp_path, split), workloads.read_peer(setup, tmp_path, split, True)
-        assert np.concatenate([data.lengths() for data in ours.values()]).tolist() == lengths[split].tolist()
-        for name, data in ours.items():
-            theirs = peer[name]
+        datasets, peers = (
+            workloads.read_split(setup, tmp_path, split),
+            workloads.read_peer(setup, tmp_path, split, True),
+        )
+        assert np.concatenate([data.lengths() for data in datasets.values()]).tolist() == lengths[split].tolist()
+        for name, data in datasets.items():
+            theirs = peers[name]
             assert [data.text(i) for i in range(len(data))] == list(zip(*theirs.columns, strict=True))
             assert data.labels.tolist() == theirs.labels and data.lengths().tolist() == theirs.lengths()
             inputs, labels = theirs.collate([3, 1])
@@ -126,7 +119,7 @@ GOALS = {
     "evaluate": 2,
     "exit": 1,
     "optimizer": 1,
-    "slf": 2,
+    "slf": 1,
     "pretrain": 1,
     "run": 2,
 }
@@ -139,7 +132,7 @@ def test_part_runs(setup, part, in_this_process, capsys):
     record = json.loads(json.dumps(benchmark.run_part(part, setup)))
     printed = capsys.readouterr().out
     assert f"## {part}" in printed and all(f"- {goal}" in printed for goal in record["goals"])
-    assert len(record["table"]) == len(record["rows"]) + 2 and len(record["goals"]) == GOALS[part]
+    assert len(timing.table(record["rows"])) == len(record["rows"]) + 2 and len(record["goals"]) == GOALS[part]
     for row in record["rows"]:
         assert row["values"] and np.isfinite(row["values"]).all() and min(row["values"]) > 0
         assert row["variant"] != "ours" or set(row["ratios"]) == {1.0}
@@ -163,16 +156,16 @@ def test_exits_of_a_saved_run(setup, tmp_path, monkeypatch):
     assert "99% of the norm" in found.notes[0]
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     (tmp_path / "run" / "summary.json").write_text(json.dumps(summary | {"exits": None}))
-    with pytest.raises(InputError, match="no exits to leave by"):
+    with pytest.raises(InputError, match="this run has no exits"):
         benchmark.benchmark_exit(setup, tmp_path)
 
 
 def test_random_exits_leave_at_the_share_asked_for(setup):
     """With 30% to stay after each exit, 70% of all rows leave at the first of two layers."""
-    parts = workloads.our_parts(setup, "fp32", "--early_exit --tasks sst")
+    parts = ours.our_parts(setup, "fp32", "--early_exit --tasks sst")
     [batch], _ = workloads.real_batch(setup, 2000, 4)
     torch.manual_seed(0)
-    infer = benchmark.RandomExits({"sst": "confidence"}, {"sst": 0.3}, 2000)
+    infer = ours.RandomExits({"sst": "confidence"}, {"sst": 0.3}, 2000)
     with torch.inference_mode():
         _, layers = infer(parts.model.eval(), batch)
     assert (layers == 1).float().mean().item() == pytest.approx(0.7, abs=0.05)
@@ -185,10 +178,10 @@ def test_our_step_is_the_loops_step(setup, tmp_path):
     weights = []
     for timed in (True, False):
         torch.manual_seed(0)
-        parts = workloads.our_parts(setup, "fp32")
+        parts = ours.our_parts(setup, "fp32")
         parts.data, parts.task_weights, rows = data, {"sst": 1.0}, np.arange(8)
         if timed:
-            workloads.our_step(parts, [data["sst"]["train"].batch(rows)], repeats=1)()
+            ours.our_step(parts, [data["sst"]["train"].batch(rows)], repeats=1)()
         else:
             optimizer = parts.make_optimizer(dict(parts.model.named_parameters()))
             parts.model.train()
@@ -201,14 +194,14 @@ def test_other_logits_are_noticed(setup):
     """The step part refuses to compare models that do not compute the same."""
     [batch], lengths = workloads.real_batch(setup, 3, 8)
     assert lengths.tolist() == [8, 7, 6] and batch.segments[0][1].sum(1).tolist() == [8, 7, 6]
-    ours = workloads.our_parts(setup, "fp32", "--tasks sst").model
-    peer = workloads.peer_model(setup, build_tasks(("sst",)))
-    workloads.check_same_work(ours, peer, batch)
+    model = ours.our_parts(setup, "fp32", "--tasks sst").model
+    theirs = variants.peer_model(setup, build_tasks(("sst",)))
+    variants.check_same_work(model, theirs, batch)
     with torch.no_grad():
-        ours.bert.pooler_dense.weight.mul_(-5)
-        ours.heads["sst"].weight.mul_(50)
+        model.bert.pooler_dense.weight.mul_(-5)
+        model.heads["sst"].weight.mul_(50)
     with pytest.raises(RuntimeError, match="not the same work"):
-        workloads.check_same_work(ours, peer, batch)
+        variants.check_same_work(model, theirs, batch)
 
 
 def test_a_program_that_fails_is_noticed():
@@ -227,9 +220,9 @@ def test_a_program_that_fails_is_noticed():
 )
 def test_goals_of_a_step(device, b, s, limits):
     """Ours takes 2 s, 1 s of it the optimiser, and reaches 30% and 60% of the peak; transformers takes 3 s."""
-    ours, theirs = [{"forward": 1.0, "optimizer": 1.0}], [{"forward": 2.0, "optimizer": 1.0}]
+    mine, theirs = [{"forward": 1.0, "optimizer": 1.0}], [{"forward": 2.0, "optimizer": 1.0}]
     flop = {"step": (60.0, ("forward", "optimizer")), "without optimizer": (60.0, ("forward",))}
-    measured = {"ours": ours, "transformers plain": theirs, "ours --attention sdpa": ours, "transformers best": theirs}
+    measured = {"ours": mine, "transformers plain": theirs, "ours --attention sdpa": mine, "transformers best": theirs}
     goals = benchmark.step_goals(device, b, s, timing.compare("a setting", "ms", measured, flop=flop, peak=100.0))
     assert [goal.limit for goal in goals] == limits
     assert [goal.values for goal in goals] == [[{1.1: 1.0, 0.45: 0.3, 0.6: 0.6}.get(x, 1.5)] for x in limits]

@@ -1,13 +1,14 @@
-"""The benchmark's arithmetic and its report are right; no time is asserted. Read timing.py before it."""
+"""The benchmark's arithmetic and its report are right; no time is asserted."""
 
 import json
 import time
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 
-import timing
+from lab import timing
 
 CPU = torch.device("cpu")
 
@@ -26,7 +27,8 @@ def test_row_arithmetic():
     assert row(unit="sentences/s", amount=16.0).values() == [4.0, 2.0]
     assert row().ratios() == [2.0, 4.0] and row().gains() == [0.5, 0.25]
     assert row().ratios("forward") == [1.0, 2.0]
-    assert row().phases() == {"forward": 1.5, "optimizer": 4.5}
+    *_, phases = timing.cells(row(unit="ms", note="a note").record())
+    assert phases == "forward 1,500, optimizer 4,500; a note"
     flop = {"step": (60.0, ("forward", "optimizer")), "without": (60.0, ("forward",))}
     assert row(flop=flop, peak=100.0).shares() == {"step": [0.15, 0.075], "without": [0.6, 0.3]}
 
@@ -34,21 +36,26 @@ def test_row_arithmetic():
 def test_table_says_what_the_rows_say():
     """A line per row under a header; the baseline's own ratio is 1."""
     rounds = {"ours": [{"": 2.0}, {"": 2.0}, {"": 2.0}], "theirs": [{"": 3.0}, {"": 5.0}, {"": 4.0}]}
-    header, rule, ours, theirs = timing.table(timing.compare("a setting", "s", rounds))
+    header, rule, ours, theirs = timing.table([row.record() for row in timing.compare("a setting", "s", rounds)])
     assert len({len(line) for line in (header, rule, ours, theirs)}) == 1
     assert [cell.strip() for cell in ours.split("|")[1:5]] == ["a setting", "ours", "2 s (2 - 2)", "1"]
     assert [cell.strip() for cell in theirs.split("|")[2:5]] == ["theirs", "4 s (3 - 5)", "2 (1.5 - 2.5)"]
 
 
 @pytest.mark.parametrize(
-    "limit, at_least, told",
-    [(2.0, True, "yes, by 50%"), (4.0, True, "no, by 25%"), (2.0, False, "no, by 50%"), (4.0, False, "yes, by 25%")],
+    "limit, at_least, outcome",
+    [
+        (2.0, True, "reached by 50%"),
+        (4.0, True, "missed by 25%"),
+        (2.0, False, "missed by 50%"),
+        (4.0, False, "reached by 25%"),
+    ],
 )
-def test_goal_is_decided_by_the_median(limit, at_least, told):
+def test_goal_is_decided_by_the_median(limit, at_least, outcome):
     """2, 3 and 10 have the median 3, whatever their mean."""
     line = timing.Goal("a ratio", limit, [10.0, 2.0, 3.0], at_least).line()
     bound = "at least" if at_least else "at most"
-    assert line == f"goal: a ratio {bound} {limit:g}: 3 (2 - 10); reached: {told}"
+    assert line == f"a ratio: goal {bound} {limit:g}, measured 3 (2 - 10): {outcome}"
 
 
 def test_goals_are_about_the_named_variants_only():
@@ -109,14 +116,28 @@ def test_memory_of_a_call():
 def test_report_keeps_the_other_parts(tmp_path):
     """A second call replaces its own part only; goals and notes follow the table."""
     about = dict(command="c", commit="", device="cpu", threads=1, torch="2", transformers="5", started="2026-01-01T")
-    about |= dict(
-        about="A part.", seconds=60, matrix_peak={"fp32": 1e9}, table=["| x |"], goals=["goal"], notes=["note"]
-    )
+    about |= dict(about="A part.", seconds=60, matrix_peak={"fp32": 1e9}, rows=[], goals=["a goal"], notes=["note"])
     order = ("tokenize", "step")
-    timing.write_report(tmp_path / "report", {"step": about | {"table": ["| old |"]}}, order)
-    timing.write_report(tmp_path / "report", {"tokenize": about}, order)
-    timing.write_report(tmp_path / "report", {"step": about | {"table": ["| new |"]}}, order)
+
+    def rows(variant):
+        return {"rows": [timing.compare("a setting", "s", {variant: [{"": 1.0}]})[0].record()]}
+
+    timing.write_report(tmp_path / "report", {"step": about | rows("old")}, order)
+    timing.write_report(tmp_path / "report", {"tokenize": about | rows("x")}, order)
+    timing.write_report(tmp_path / "report", {"step": about | rows("new")}, order)
     records = json.loads((tmp_path / "report.json").read_text())
     text = (tmp_path / "report.md").read_text()
-    assert list(records) == ["tokenize", "step"] and "| x |" in text and "| old |" not in text
-    assert text.index("| new |") < text.rindex("- goal") < text.rindex("note")
+    assert list(records) == ["tokenize", "step"] and "| x  " in text and "| old " not in text
+    assert text.index("| new ") < text.rindex("- a goal") < text.rindex("note")
+    goals = (tmp_path / "report-goals.md").read_text()
+    assert "- tokenize: a goal\n- step: a goal\n" in goals
+
+
+def test_the_committed_report_is_made_from_the_committed_records(tmp_path):
+    """The Markdown files in results/ are what write_report makes of the JSON file beside them."""
+    results = Path(__file__).parents[1] / "results"
+    (tmp_path / "benchmark-cpu.json").write_bytes((results / "benchmark-cpu.json").read_bytes())
+    order = json.loads((results / "benchmark-cpu.json").read_text())
+    timing.write_report(tmp_path / "benchmark-cpu", {}, order)
+    for path in tmp_path.iterdir():
+        assert path.read_bytes() == (results / path.name).read_bytes(), path.name
