@@ -22,9 +22,9 @@ from tqdm import tqdm
 import parallel
 from base_bert import BertConfig
 from datasets import SPLITS, find_data_dir, read_dataset, report
-from early_exit import EXIT_WEIGHTS, ExitSettings, choose_policies, exit_weights
+from early_exit import EXIT_WEIGHTS, ExitSettings, choose_policies, exit_threshold
 from errors import InputError, smaller, spare_memory
-from flags import METHODS, SAMPLE_DEFAULTS, encoding, per_task, threshold
+from flags import METHODS, SAMPLE_DEFAULTS, encoding, per_task
 from gradients import COMBINERS
 from methods import positive, positive_int
 from optimizer import OPTIMIZERS, SCHEDULES, parameter_groups
@@ -338,8 +338,7 @@ def build_terms(flags, model, terms):
 
 def build_plan(flags, depth):
     """The training plan, as a function that starts it anew."""
-    has_cycle = "exits" in needs(flags) and flags["exit_loss"] in EXIT_WEIGHTS
-    cycle = exit_weights(flags["exit_loss"], depth) if has_cycle else ({depth: 1.0},)
+    cycle = EXIT_WEIGHTS[flags["exit_loss"]](depth) if "exits" in needs(flags) else ({depth: 1.0},)
     plan = partial(plain, flags["epochs"], cycle, flags["epoch_size"])
     for method in METHODS:
         plan = method.plan(flags, depth, plan)
@@ -350,7 +349,7 @@ def build_exit_settings(flags, tasks):
     """How the run leaves early at inference, or None."""
     if not flags["early_exit"]:
         return None
-    thresholds = per_task(flags["exit_threshold"], "--exit_threshold", list(tasks), threshold)
+    thresholds = per_task(flags["exit_threshold"], "--exit_threshold", list(tasks), exit_threshold)
     return ExitSettings(choose_policies(tasks, flags["exit_policy"]), dict.fromkeys(tasks) | thresholds)
 
 

@@ -68,21 +68,6 @@ def per_task(entries, flag, names, convert):
     return chosen
 
 
-def threshold(text):
-    """An exit threshold, for per_task: a number, or None for auto."""
-    return None if text == "auto" else at_least_zero(text)
-
-
-def sweep_levels(entries):
-    """The thresholds of a comma-separated list, which --option evaluate sweeps; an empty list for anything else."""
-    if len(entries) != 1 or "," not in entries[0]:
-        return []
-    try:
-        return [at_least_zero(level) for level in entries[0].split(",")]
-    except (ValueError, argparse.ArgumentTypeError) as error:
-        raise InputError(f"--exit_threshold {entries[0]}: {error}") from None
-
-
 def encoding(text):
     """A pair encoding, for per_task."""
     if text not in ENCODINGS:
@@ -141,7 +126,7 @@ def add_course_flags(group):
 
 def add_data_flags(group):
     """What is read, and how much of it an epoch takes."""
-    group.add_argument("--data_dir", help="folder of the course's CSV files; default data/, if that has none data/sample")
+    group.add_argument("--data_dir", help="folder of the course's CSV files; default data/, if it has none data/sample")
     for name in TASKS:
         for split in SPLITS:
             group.add_argument(f"--{name}_{split}", metavar="CSV", help=argparse.SUPPRESS)
@@ -164,7 +149,7 @@ def add_model_flags(group):
     group.add_argument("--pooling", choices=("auto", "cls", "mean"), default="auto",
                        help="sentence vector: BERT's pooler or a mean; auto: what the weights were tuned with")
     group.add_argument("--attention", choices=("plain", "sdpa"), default="plain", help="written out, or torch's kernel")
-    group.add_argument("--compile", action="store_true", help="torch.compile the layers: slow to start (results/speed.md)")
+    group.add_argument("--compile", action="store_true", help="torch.compile the layers: slow to start")
     group.add_argument("--precision", choices=PRECISIONS, default="fp32", help="autocast precision")
     for task in TASKS.values():
         if len(task.objectives) > 1:
@@ -228,8 +213,6 @@ def loop_conflicts(flags, given):
         headless = flags["option"] == "pretrain" and chosen_objective(flags, name).needs_two_vectors
         loss = flags.get(f"{name}_loss")
         yield headless, f"--{name}_loss {loss} has no head to train, and --option pretrain freezes BERT"
-    sweeps = flags["option"] != "evaluate" and sweep_levels(flags["exit_threshold"])
-    yield sweeps, "--exit_threshold with a list sweeps a saved run: use it with --option evaluate"
     takes_all = flags["step"] == "all_tasks" or flags["gradients"] != "sum"
     chosen = f"--sampler {flags['sampler']} chooses one task per step: here every step takes all tasks"
     yield "sampler" in given and takes_all, chosen

@@ -44,9 +44,9 @@ from building import (
     read_inputs,
 )
 from datasets import Batch, bucketed_batches
-from early_exit import LTE, Exit, ExitInference
+from early_exit import LTE, Exit, ExitInference, sweep_levels
 from evaluation import AtExit, evaluate, fit_threshold, predict
-from flags import EVALUATE_FLAGS, check_flags, file_flags, parse_flags, recorded_flags, sweep_levels
+from flags import EVALUATE_FLAGS, check_flags, file_flags, parse_flags, recorded_flags
 from methods import LossTerm
 from optimizer import clip_gradients
 from report import close_run, close_sweep
@@ -384,7 +384,10 @@ def finish(parts, folder, recorder):
     folder.load_best(parts.model)
     print(f"\nbest model: {progress.best_phase} (last phase: norm {progress.last_scores['norm']:.4f})")
     started = time.monotonic()
-    scores, exits = close_run(parts, folder.path, recorder.best)
+    bars = parallel.progress_bars()
+    scores, exits = close_run(
+        parts.model, parts.data, folder.path, parts.inference(), parts.exit_settings, bars, recorder.best
+    )
     counted = exits["dev"] if exits else scores
     folder.summary(
         {
@@ -498,9 +501,9 @@ def evaluate_run(flags, given):
     parts = build(run.flags | {"option": "finetune", "compile": False}, run.model, data, device, {})
     folder = Path(flags["run_dir"]) / "evaluate"
     if levels:
-        close_sweep(parts, folder, levels)
+        close_sweep(run.model, parts.dev(), folder, parts.exit_settings, levels, parts.inference())
     else:
-        close_run(parts, folder)
+        close_run(run.model, data, folder, parts.inference(), parts.exit_settings, parallel.progress_bars())
 
 
 def main(argv=None):

@@ -25,10 +25,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from early_exit import exit_weights
+from early_exit import EXIT_WEIGHTS
 from methods import Method, belongs, positive
 from tasks import chosen_objective
-
 
 # --- what a phase trains: functions of the model that list modules --------------------------------------------------
 
@@ -195,7 +194,7 @@ def build_two_stage(flags, depth, plan):
     """Replace the plan where --exit_loss asks for two stages."""
     if flags["exit_loss"] != "two_stage":
         return plan
-    return partial(two_stage, flags["epochs"], depth, exit_weights("joint", depth)[-1], flags["epoch_size"])
+    return partial(two_stage, flags["epochs"], depth, EXIT_WEIGHTS["joint"](depth)[-1], flags["epoch_size"])
 
 
 def check_two_stage(flags, given):
@@ -230,7 +229,7 @@ def build_alternating(flags, depth, plan):
     if not flags["smart_alternating"]:
         return plan
     # stage B weighs the exits as --exit_loss says: joint or weighted
-    joint = exit_weights(flags["exit_loss"], depth)[-1]
+    joint = EXIT_WEIGHTS[flags["exit_loss"]](depth)[-1]
     return partial(smart_alternating, flags["epochs"], depth, joint, flags["epoch_size"])
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from driver import main
 from tiny import log_of, make_batch, make_model, read_csv, weights_of
 from torch import nn
 
@@ -17,7 +18,6 @@ import flags
 import predict
 import samplers
 import tasks
-from driver import main
 from methods import Method
 from slf import Phase
 
@@ -40,7 +40,7 @@ class Scale(nn.Module):
         super().__init__()
         self.factor = nn.Parameter(torch.ones(d))
 
-    def forward(self, output, layer_input, extended_mask):
+    def forward(self, output, context):
         return output * self.factor
 
 

@@ -10,9 +10,9 @@ import torch
 from tiny import weights_of
 
 from bert import BertModel
+from building import build, build_table, read_data
 from errors import InputError
 from flags import check_flags, parse_flags
-from building import build, build_table, read_data
 from multitask_classifier import TaskLoss, make_model, phase_steps, set_trainable, train_step
 from tokenizer import BertTokenizer
 

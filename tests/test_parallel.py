@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from driver import main
 from tiny import (
     Program,
     become_process,
@@ -34,7 +35,6 @@ from tiny import (
 import multitask_classifier
 import parallel
 from datasets import Dataset, read_dataset
-from driver import main
 from early_exit import ExitInference
 from errors import run_script
 from evaluation import evaluate, predict, predict_exits

@@ -18,10 +18,12 @@ from functools import partial
 from itertools import chain, combinations, count
 from pathlib import Path
 
+import driver
 import numpy as np
 import pytest
 import torch
 import torch._dynamo
+from driver import main
 from safetensors.torch import load_file
 from tiny import (
     EPOCHS,
@@ -40,7 +42,6 @@ from tiny import (
 from torch._dynamo.utils import counters
 
 import building
-import driver
 import evaluation
 import files
 import multitask_classifier
@@ -48,7 +49,6 @@ import report
 import runs
 from bert import BertModel
 from datasets import read_dataset
-from driver import main
 from early_exit import ExitInference
 from errors import InputError
 from evaluation import predict

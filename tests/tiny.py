@@ -14,13 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from driver import main
 
 import multitask_classifier
 import report
 from base_bert import BertConfig
 from bert import BertModel
 from datasets import Batch
-from driver import main
 from errors import InputError, run_script
 from files import write_whole
 from multitask_classifier import MultitaskBERT
