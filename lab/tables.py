@@ -98,8 +98,8 @@ def replace_between(path, name, content):
     """Put text between the markers `<!-- name -->` and `<!-- end name -->` of a file; without markers, append both."""
     old = path.read_text() if path.exists() else ""
     start, end = f"<!-- {name} -->\n", f"<!-- end {name} -->\n"
-    before, found_start, rest = old.partition(start)
-    _, found_end, after = rest.partition(end)
-    if not (found_start and found_end):
+    before, has_start, rest = old.partition(start)
+    _, has_end, after = rest.partition(end)
+    if not (has_start and has_end):
         before, after = (f"{old.rstrip()}\n\n" if old else ""), ""
     write_whole(path, before + start + content + end + after)
