@@ -56,7 +56,7 @@ def adapt(model, kinds, size=6, random=False, dtype=torch.float64):
 def losses(model, batch):
     """The summed loss over all exits that the model has."""
     outputs = model(batch, exits=tuple(range(1, model.depth + 1)) if len(model.exits) else None)
-    return sum(batch.task.loss(logits, batch.labels).sum() for logits in outputs.logits.values())
+    return sum(batch.task.objective.loss(logits, batch.labels).sum() for logits in outputs.logits.values())
 
 
 def snapshot(model):
@@ -333,7 +333,7 @@ def test_autocast_trains_with_finite_gradients(kinds):
     batch = make_batch(model.tasks["para"])
     with torch.autocast("cpu", torch.bfloat16):
         outputs = model(batch)
-    batch.task.loss(outputs.logits[3].float(), batch.labels).sum().backward()
+    batch.task.objective.loss(outputs.logits[3].float(), batch.labels).sum().backward()
     of_task = [p for name, p in model.adapters.named_parameters() if ".para." in f".{name}"]
     assert all(p.grad.dtype == torch.float32 and torch.isfinite(p.grad).all() and p.grad.any() for p in of_task)
 
