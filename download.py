@@ -91,7 +91,7 @@ def complete(folder, files, bring, source, replace=True):
     try:
         missing = [n for n, known in files.items() if not (folder / n).is_file() or hash_of(folder / n, known) != known]
         if not replace and (others := [name for name in missing if (folder / name).exists()]):
-            raise InputError(f"{folder}: {', '.join(others)} not from {source}; move it away, then run this again")
+            raise InputError(f"{folder}: {', '.join(others)} not from {source}; move them away, then run this again")
         shutil.rmtree(part, ignore_errors=True)  # left by a run that was killed
         for name in missing:
             print(f"Fetching {name} into {folder}", flush=True)

@@ -377,7 +377,7 @@ def test_data_that_is_there_is_never_replaced(source, tmp_path):
     write_course_files(tmp_path / "data")
     mine = tmp_path / "data" / "quora-train.csv"
     mine.write_text("\tid\tsentence1\tsentence2\tis_duplicate\n0\ta\tb\tc\t1.0\n")
-    with pytest.raises(InputError, match="quora-train.csv not from .*source; move it away") as caught:
+    with pytest.raises(InputError, match="quora-train.csv not from .*source; move them away") as caught:
         download.copy_data(source, tmp_path / "data")
     one_line(caught)
     assert mine.read_text().endswith("1.0\n")

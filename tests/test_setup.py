@@ -1,4 +1,4 @@
-"""What setup.sh says before it does anything; read setup.sh first."""
+"""What setup.sh prints before it does anything."""
 
 import os
 import shutil
