@@ -94,9 +94,12 @@ def make_parser():
         formatter_class=Help,
     )
     add_course_flags(parser.add_argument_group("what to do"))
-    add_data_flags(parser.add_argument_group(
-        "data", "Each of the CSV files may also be given alone: --sst_train FILE, --para_dev FILE, --sts_test FILE, ..."
-    ))
+    add_data_flags(
+        parser.add_argument_group(
+            "data",
+            "Each of the CSV files may also be given alone: --sst_train FILE, --para_dev FILE, --sts_test FILE, ...",
+        )
+    )
     add_model_flags(parser.add_argument_group("model"))
     add_loop_flags(parser.add_argument_group("optimisation"))
     groups = {}
@@ -110,16 +113,27 @@ def make_parser():
 
 def add_course_flags(group):
     """The course's flags."""
-    group.add_argument("--option", choices=("pretrain", "finetune", "evaluate"), default="finetune",
-                       help="pretrain: BERT frozen, heads trained; finetune: everything; evaluate: score a saved run")
+    group.add_argument(
+        "--option",
+        choices=("pretrain", "finetune", "evaluate"),
+        default="finetune",
+        help="pretrain: BERT frozen, heads trained; finetune: everything; evaluate: score a saved run",
+    )
     group.add_argument("--use_gpu", action="store_true", help="train on CUDA or Apple's MPS where there is one")
     group.add_argument("--tasks", nargs="+", choices=tuple(TASKS), default=["sst", "para", "sts"], help="what to learn")
     group.add_argument("--epochs", type=positive_int, default=5, help="passes over each task's part of the data")
-    group.add_argument("--epoch_size", type=positive, default=1.0,
-                       help="share of an epoch between two evaluations: what --epochs counts")
+    group.add_argument(
+        "--epoch_size",
+        type=positive,
+        default=1.0,
+        help="share of an epoch between two evaluations: what --epochs counts",
+    )
     group.add_argument("--batch_size", type=positive_int, default=16, help="examples per batch of a process")
-    group.add_argument("--lr", type=positive,
-                       help="peak learning rate; default by optimiser, by what is trained and by the size of BERT")
+    group.add_argument(
+        "--lr",
+        type=positive,
+        help="peak learning rate; default by optimiser, by what is trained and by the size of BERT",
+    )
     group.add_argument("--hidden_dropout_prob", type=share, default=0.3, help="dropout before the heads")
     group.add_argument("--seed", type=seed, default=11711, help="seed of everything random")
 
@@ -131,23 +145,43 @@ def add_data_flags(group):
         for split in SPLITS:
             group.add_argument(f"--{name}_{split}", metavar="CSV", help=argparse.SUPPRESS)
     group.add_argument("--split", choices=DATA_SPLITS, default="equal", help="how much of each task an epoch takes")
-    group.add_argument("--train_rows", nargs="+", metavar="TASK=N",
-                       help="train on N rows of a task, drawn by --seed; default all")
-    group.add_argument("--sampler", choices=tuple(SAMPLERS), default="random",
-                       help="which task comes next; proportional, sqrt, annealed differ with --split full")
-    group.add_argument("--max_length", type=positive_int,
-                       help="tokens per text or packed pair; default 512, or the weights' positions if they are fewer")
-    group.add_argument("--pairs", nargs="+", metavar="ENC", default=["concat"],
-                       help=f"how a pair enters BERT: {', '.join(ENCODINGS)}; also per task, para=siamese")
+    group.add_argument(
+        "--train_rows", nargs="+", metavar="TASK=N", help="train on N rows of a task, drawn by --seed; default all"
+    )
+    group.add_argument(
+        "--sampler",
+        choices=tuple(SAMPLERS),
+        default="random",
+        help="which task comes next; proportional, sqrt, annealed differ with --split full",
+    )
+    group.add_argument(
+        "--max_length",
+        type=positive_int,
+        help="tokens per text or packed pair; default 512, or the weights' positions if they are fewer",
+    )
+    group.add_argument(
+        "--pairs",
+        nargs="+",
+        metavar="ENC",
+        default=["concat"],
+        help=f"how a pair enters BERT: {', '.join(ENCODINGS)}; also per task, para=siamese",
+    )
     group.add_argument("--siamese_features", choices=("uv", "uvd"), default="uvd", help="[u; v] or [u; v; |u - v|]")
 
 
 def add_model_flags(group):
     """The model, its losses and its arithmetic."""
-    group.add_argument("--weights", default="auto",
-                       help="auto (bert-base-uncased if it is there, else the small default), a name, or a folder")
-    group.add_argument("--pooling", choices=("auto", "cls", "mean"), default="auto",
-                       help="sentence vector: BERT's pooler or a mean; auto: what the weights were tuned with")
+    group.add_argument(
+        "--weights",
+        default="auto",
+        help="auto (bert-base-uncased if it is there, else the small default), a name, or a folder",
+    )
+    group.add_argument(
+        "--pooling",
+        choices=("auto", "cls", "mean"),
+        default="auto",
+        help="sentence vector: BERT's pooler or a mean; auto: what the weights were tuned with",
+    )
     group.add_argument("--attention", choices=("plain", "sdpa"), default="plain", help="written out, or torch's kernel")
     group.add_argument("--compile", action="store_true", help="torch.compile the layers: slow to start")
     group.add_argument("--precision", choices=PRECISIONS, default="fp32", help="autocast precision")
@@ -166,8 +200,11 @@ def add_loop_flags(group):
     group.add_argument("--clip", type=at_least_zero, default=1.0, help="largest global gradient norm; 0: no clipping")
     group.add_argument("--accumulate", type=positive_int, default=1, help="batches per optimiser step")
     group.add_argument("--task_weights", nargs="+", metavar="TASK=W", help="weights of the tasks' losses (1 each)")
-    group.add_argument("--step", choices=("one_task", "all_tasks"),
-                       help="tasks in one optimiser step; default one_task, with pcgrad and gradvac all_tasks")
+    group.add_argument(
+        "--step",
+        choices=("one_task", "all_tasks"),
+        help="tasks in one optimiser step; default one_task, with pcgrad and gradvac all_tasks",
+    )
 
 
 def add_output_flags(group):

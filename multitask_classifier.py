@@ -15,7 +15,6 @@ loop). Neither the model nor the loop sees a flag, and neither names a method. b
 """
 
 import sys
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -23,34 +22,23 @@ from pathlib import Path
 from errors import InputError, run_script, spare_memory, stop_without  # isort: skip
 
 try:
-    import numpy as np
     import torch
     from torch import nn
 except ImportError as error:
     stop_without(error.name)
 
+import building
 import parallel
 from base_bert import BertConfig, Dropout, dropout_state
 from bert import BertModel
-from building import (
-    build,
-    build_adapters,
-    build_table,
-    choose_device,
-    keep_freed_memory,
-    needs,
-    parameter_table,
-    read_data,
-    read_inputs,
-)
 from datasets import Batch, bucketed_batches
 from early_exit import LTE, Exit, ExitInference, sweep_levels
 from evaluation import AtExit, evaluate, fit_threshold, predict
 from flags import EVALUATE_FLAGS, check_flags, file_flags, parse_flags, recorded_flags
 from methods import LossTerm
 from optimizer import clip_gradients
-from report import close_run, close_sweep
-from runs import FREE_FLAGS, Interrupted, Recorder, RunFolder, SignalGuard, check_same_run, memory_mib, name_run, sha256
+from report import close_run, close_sweep, finish
+from runs import FREE_FLAGS, Interrupted, Recorder, RunFolder, SignalGuard, check_same_run, name_run, sha256
 from samplers import SAMPLERS, all_tasks_order, epoch_rows, generator, rows_per_epoch
 from tokenizer import BertTokenizer, pack, pad
 
@@ -86,10 +74,9 @@ class MultitaskBERT(nn.Module):
         self.bert, self.tasks, self.pooling = bert, tasks, pooling
         self.depth = bert.config.num_hidden_layers  # L
         self.dropout = Dropout(hidden_dropout_prob)
-        self.heads = self.make_heads(init)
-        # the last layer's exit is the ordinary pooler and heads
-        earlier = range(self.depth - 1) if exits else ()
-        self.exits = nn.ModuleList(Exit(bert, lambda: self.make_heads(init), pooling == "cls") for _ in earlier)
+        self.heads = make_heads(self, init)
+        earlier = range(self.depth - 1) if exits else ()  # the last layer's exit is the ordinary pooler and heads
+        self.exits = nn.ModuleList(Exit(bert, lambda: make_heads(self, init), pooling == "cls") for _ in earlier)
         self.lte = nn.ModuleDict({name: LTE(self.width(task)) for name, task in tasks.items() if exits})
         self.adapters = adapters
         if adapters is not None:
@@ -100,17 +87,6 @@ class MultitaskBERT(nn.Module):
         """Size w of the vector that a task's heads see: d, or d for each letter of uv and uvd."""
         d = self.bert.config.hidden_size
         return d * len(task.siamese_features) if task.encoding == "siamese" else d
-
-    def make_heads(self, init):
-        """A head for each task, drawn from the generator `init`."""
-        heads = nn.ModuleDict({name: task.objective.make_head(self.width(task)) for name, task in self.tasks.items()})
-        for name, head in heads.items():
-            for parameter in head.parameters():
-                if parameter.dim() > 1:  # a weight matrix [o,w]; else a bias [o]
-                    nn.init.normal_(parameter, 0.0, self.bert.config.initializer_range, generator=init)
-                else:
-                    nn.init.constant_(parameter, self.tasks[name].objective.start)
-        return heads
 
     def _apply(self, *arguments, **keywords):
         """Move or convert the model, but keep the thresholds on the CPU: reading one never waits for the GPU."""
@@ -129,8 +105,7 @@ class MultitaskBERT(nn.Module):
 
     def layer_modules(self, i):
         """What belongs to layer i alone: the layer, and its adapters where there are some."""
-        own = [] if self.adapters is None else [self.adapters.layers[i - 1]]
-        return [self.bert.bert_layers[i - 1], *own]
+        return [self.bert.bert_layers[i - 1]] + ([] if self.adapters is None else [self.adapters.layers[i - 1]])
 
     def exit_modules(self, i):
         """What belongs to exit i alone: its pooler and its heads."""
@@ -176,10 +151,9 @@ class MultitaskBERT(nn.Module):
         `embeds` replaces the embedding lookup (SMART).
         """
         exits, task = exits or (self.depth,), batch.task
-        if batch.features is not None:  # a frozen BERT: the state is already known
-            return Outputs(
-                (), {self.depth: batch.features}, {self.depth: self.head(self.depth, batch.features, task)}, None
-            )
+        if batch.features is not None:  # a frozen BERT: the state of the last exit is already known
+            logits = {self.depth: self.head(self.depth, batch.features, task)}
+            return Outputs((), {self.depth: batch.features}, logits, None)
         embeds = embeds or self.embed(batch)
         rng, masks, states, logits = dropout_state(embeds[0].device)[0](), self.masks(batch), {}, {}
         for i, hidden in self.encode(embeds, masks, task, 0, max(exits)):
@@ -199,6 +173,19 @@ class MultitaskBERT(nn.Module):
     def predict_similarity(self, input_ids_1, attention_mask_1, input_ids_2, attention_mask_2):
         """One value for STS. Shapes: four [b,s] -> [b]. Source: the course's interface."""
         return predict_texts(self, "sts", (input_ids_1, attention_mask_1), (input_ids_2, attention_mask_2)).squeeze(-1)
+
+
+def make_heads(model, init):
+    """A head for each task, drawn from the generator `init`."""
+    heads = nn.ModuleDict()
+    for name, task in model.tasks.items():
+        heads[name] = task.objective.make_head(model.width(task))
+        for parameter in heads[name].parameters():
+            if parameter.dim() > 1:  # a weight matrix [o,w]
+                nn.init.normal_(parameter, 0.0, model.bert.config.initializer_range, generator=init)
+            else:  # a bias [o]
+                nn.init.constant_(parameter, task.objective.start)
+    return heads
 
 
 def mean_pool(h, mask):
@@ -373,38 +360,9 @@ def make_model(flags, tasks, bert):
     """The model of a run around a BERT; new parts are drawn from the seed."""
     # a generator of its own: switching a method on does not change what the heads are drawn from
     init = torch.Generator().manual_seed(flags["seed"])
-    adapters = build_adapters(flags, bert.config, list(tasks), init)
-    dropout, exits = flags["hidden_dropout_prob"], "exits" in needs(flags)
+    adapters = building.build_adapters(flags, bert.config, list(tasks), init)
+    dropout, exits = flags["hidden_dropout_prob"], "exits" in building.needs(flags)
     return MultitaskBERT(bert, tasks, dropout, flags["pooling"], exits, adapters, init)
-
-
-def finish(parts, folder, recorder):
-    """Evaluate the best model, write its predictions, pictures and the summary."""
-    progress = recorder.progress
-    folder.load_best(parts.model)
-    print(f"\nbest model: {progress.best_phase} (last phase: norm {progress.last_scores['norm']:.4f})")
-    started = time.monotonic()
-    bars = parallel.progress_bars()
-    scores, exits = close_run(
-        parts.model, parts.data, folder.path, parts.inference(), parts.exit_settings, bars, recorder.best
-    )
-    counted = exits["dev"] if exits else scores
-    folder.summary(
-        {
-            "best": {"phase": progress.best_phase, **scores},
-            "last": progress.last_scores,
-            "phase_norms": progress.scores,
-            "steps": progress.total_steps,
-            "train_seconds": round(progress.train_seconds, 1),
-            "eval_seconds": round(progress.eval_seconds, 1),
-            "finish_seconds": round(time.monotonic() - started, 1),
-            "mean_layers": float(np.mean([metrics["mean_layers"] for metrics in counted["tasks"].values()])),
-            "peak_mib": round(memory_mib(parts.precision.device)),
-            "exits": exits,
-        }
-    )
-    print(f"minutes: training {progress.train_seconds / 60:.1f}, evaluation {progress.eval_seconds / 60:.1f}")
-    recorder.remove_last()
 
 
 def train_run(flags, given, defaults):
@@ -418,15 +376,15 @@ def train_run(flags, given, defaults):
         folder.refuse_existing(flags["overwrite"])
     # dropout differs between processes; all other random numbers come from generators that are alike
     torch.manual_seed(flags["seed"] + parallel.rank())
-    device = choose_device(flags["use_gpu"])
-    inputs = read_inputs(flags, given, config)
+    device = building.choose_device(flags["use_gpu"])
+    inputs = building.read_inputs(flags, given, config)
     flags = inputs.flags
     bert = BertModel.from_pretrained(inputs.weights, attention=flags["attention"])
     model = make_model(flags, inputs.tasks, bert).to(device)
     parallel.copy_from_first(model)
-    keep_freed_memory()
-    parts = build(flags, model, inputs.data, device, {"loss": TaskLoss()})
-    print("\n".join(parameter_table(model, parts.trainable)))
+    building.keep_freed_memory()
+    parts = building.build(flags, model, inputs.data, device, {"loss": TaskLoss()})
+    print("\n".join(building.parameter_table(model, parts.trainable)))
     state = None
     if config:
         state = folder.load_last()
@@ -443,7 +401,7 @@ def train_run(flags, given, defaults):
             with recorder:
                 train(parts, recorder)
             with SignalGuard(immediate=True):
-                finish(parts, folder, recorder)
+                finish(parts, recorder)
     except (Interrupted, KeyboardInterrupt):
         if parallel.rank() == 0:
             status = "is complete" if folder.complete() else f"is saved; continue with --resume --run_dir {folder.path}"
@@ -471,7 +429,7 @@ def load_run(path, device, changes=None):
         sizes = BertConfig(**config["bert"])
     except (KeyError, TypeError, InputError) as error:
         raise InputError(f"{folder.path / 'config.json'}: bert: {error}: the run directory is damaged") from None
-    model = make_model(flags, build_table(flags), BertModel(sizes, attention=flags["attention"]))
+    model = make_model(flags, building.build_table(flags), BertModel(sizes, attention=flags["attention"]))
     folder.load_best(model)
     exits = folder.read_summary().get("exits")
     infer = ExitInference(exits["policies"], exits["thresholds"]) if exits else AtExit(None)
@@ -485,20 +443,20 @@ def evaluate_run(flags, given):
     free = EVALUATE_FLAGS | file_flags()
     for name in given - free - {"option", "run_dir", "early_exit"}:
         raise InputError(f"--{name}: belongs to training; --option evaluate takes it from the run")
-    device, levels = choose_device(flags["use_gpu"]), sweep_levels(flags["exit_threshold"])
+    device, levels = building.choose_device(flags["use_gpu"]), sweep_levels(flags["exit_threshold"])
     changes = {name: flags[name] for name in given & free}
     if levels:
         changes["exit_threshold"] = ["auto"]
     run = load_run(flags["run_dir"], device, changes)
     if given & {"early_exit", "exit_policy", "exit_threshold"} and not run.flags["early_exit"]:
         raise InputError(f"{flags['run_dir']}: was trained without --early_exit: it cannot leave early")
-    data, files, _ = read_data(run.flags, run.model.tasks, run.tokenizer)
+    data, files, _ = building.read_data(run.flags, run.model.tasks, run.tokenizer)
     before = RunFolder(flags["run_dir"]).config()["data"]
     for name, path in files.items():
         if sha256(path) not in (before.get(name), before.get(path.name)):
             print(f"note: {path} is not a file of the training run: do not compare its scores with that run's")
     # compiling the layers takes longer than the evaluation; features of a frozen BERT are of no use for one pass
-    parts = build(run.flags | {"option": "finetune", "compile": False}, run.model, data, device, {})
+    parts = building.build(run.flags | {"option": "finetune", "compile": False}, run.model, data, device, {})
     folder = Path(flags["run_dir"]) / "evaluate"
     if levels:
         close_sweep(run.model, parts.dev(), folder, parts.exit_settings, levels, parts.inference())

@@ -85,6 +85,7 @@ def read_texts(args, task, tokenizer, max_length):
     if args.file:
         if args.texts:
             raise InputError(f"--file {args.file}: goes without TEXT arguments: give one or the other")
+        # a test file: it needs no label column, and every row gets a prediction
         return read_dataset(task, args.file, tokenizer, max_length, labelled=False)
     if args.texts:
         check_count(task, args.texts, "TEXT")
@@ -102,6 +103,7 @@ def read_texts(args, task, tokenizer, max_length):
 def prediction_lines(predictions):
     """One line per row: label and its probability, or the score."""
     for i in range(len(predictions.values)):
+        # a regression has no label: its value is the prediction
         value, label, probability = describe(predictions, i)
         yield f"{label}\t{probability}" if label else value
 
@@ -119,6 +121,7 @@ def prediction_table(predictions):
 def main(argv=None):
     """Predict what the command line asks for."""
     args = make_parser().parse_args(argv)
+    # checked before the model is loaded, which takes seconds
     if args.out and os.path.lexists(args.out):
         raise InputError(f"--out {args.out}: exists already: remove it, or choose another name")
     device = choose_device(args.use_gpu)

@@ -17,6 +17,8 @@ import numpy as np
 from early_exit import FOLDS, UNREACHABLE, ExitInference, cross_fit, layer_scores, scores_at
 from evaluation import AtExit, evaluate, mean_norm, predict, predict_exits, write_predictions
 from files import write_whole
+from parallel import progress_bars
+from runs import memory_mib
 
 # colours of the tasks, by their position in the run: well apart for colour-blind readers (Okabe and Ito)
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
@@ -278,6 +280,35 @@ def close_run(model, data, folder, options, settings=None, progress=False, known
             write_predictions(folder / "predictions", found, split)
     print(f"predictions: {folder / 'predictions'}")
     return scores.record(), exits
+
+
+def finish(parts, recorder):
+    """Evaluate the best model, write its predictions, pictures and the summary."""
+    folder, progress = recorder.folder, recorder.progress
+    folder.load_best(parts.model)
+    print(f"\nbest model: {progress.best_phase} (last phase: norm {progress.last_scores['norm']:.4f})")
+    started = time.monotonic()
+    bars = progress_bars()
+    scores, exits = close_run(
+        parts.model, parts.data, folder.path, parts.inference(), parts.exit_settings, bars, recorder.best
+    )
+    counted = exits["dev"] if exits else scores
+    folder.summary(
+        {
+            "best": {"phase": progress.best_phase, **scores},
+            "last": progress.last_scores,
+            "phase_norms": progress.scores,
+            "steps": progress.total_steps,
+            "train_seconds": round(progress.train_seconds, 1),
+            "eval_seconds": round(progress.eval_seconds, 1),
+            "finish_seconds": round(time.monotonic() - started, 1),
+            "mean_layers": float(np.mean([metrics["mean_layers"] for metrics in counted["tasks"].values()])),
+            "peak_mib": round(memory_mib(parts.precision.device)),
+            "exits": exits,
+        }
+    )
+    print(f"minutes: training {progress.train_seconds / 60:.1f}, evaluation {progress.eval_seconds / 60:.1f}")
+    recorder.remove_last()
 
 
 # --- the sweep ----------------------------------------------------------------------------------------------------

@@ -198,55 +198,30 @@ def build_two_stage(flags, depth, plan):
 
 
 def check_two_stage(flags, given):
-    """Conflicts of the two-stage plan."""
-    if flags["exit_loss"] != "two_stage":
-        return []
-    cosine = [name for name in flags["tasks"] if chosen_objective(flags, name).needs_two_vectors]
-    sentence = f"--{''.join(cosine[:1])}_loss {{}} with --pooling mean has exits without parameters: nothing to train"
-    return [
-        (flags["slf"], "--exit_loss two_stage and --slf are both plans with a first stage: choose one"),
-        (
-            flags["pooling"] != "cls" and cosine,
-            sentence.format("cosine") + " in the second stage of --exit_loss two_stage",
-        ),
-    ]
-
-
-TWO_STAGE = Method(TITLE, conflicts=check_two_stage, plan=build_two_stage)
-
-
-def add_alternating_flags(group):
-    """The flag of Smart Alternating."""
-    group.add_argument(
-        "--smart_alternating",
-        action="store_true",
-        help="alternate between the last exit and all exits by the dev score",
-    )
+    """Conflicts of the two-stage plan: pairs (applies, sentence)."""
+    on = flags["exit_loss"] == "two_stage"
+    yield on and flags["slf"], "--exit_loss two_stage and --slf are both plans with a first stage: choose one"
+    for name in flags["tasks"]:
+        # a cosine of mean vectors: an exit without pooler and without head
+        nothing = flags["pooling"] != "cls" and chosen_objective(flags, name).needs_two_vectors
+        loss = f"--{name}_loss {flags.get(f'{name}_loss')}"
+        yield on and nothing, f"{loss} with a mean leaves --exit_loss two_stage no exit to train: add --pooling cls"
 
 
 def build_alternating(flags, depth, plan):
     """Replace the plan where --smart_alternating asks for it."""
     if not flags["smart_alternating"]:
         return plan
-    # stage B weighs the exits as --exit_loss says: joint or weighted
+    # stage B weighs the exits as --exit_loss says: joint, weighted or distilled
     joint = EXIT_WEIGHTS[flags["exit_loss"]](depth)[-1]
     return partial(smart_alternating, flags["epochs"], depth, joint, flags["epoch_size"])
 
 
 def check_alternating(flags, given):
-    """Conflicts of Smart Alternating."""
+    """Conflicts of Smart Alternating: pairs (applies, sentence)."""
     kind = flags["exit_loss"]
     both = flags["smart_alternating"] and kind in ("two_stage", "alternating")
-    return [(both, f"--exit_loss {kind} and --smart_alternating both choose the exits: choose one")]
-
-
-SMART_ALTERNATING = Method(
-    TITLE,
-    add_alternating_flags,
-    check_alternating,
-    needs=lambda flags: {"exits"} if flags["smart_alternating"] else set(),
-    plan=build_alternating,
-)
+    yield both, f"--exit_loss {kind} and --smart_alternating both choose the exits: choose one"
 
 
 def add_slf_flags(group):
@@ -255,54 +230,58 @@ def add_slf_flags(group):
     group.add_argument("--slf_epochs", type=positive, default=0.25, help="epochs per layer in stage 1 of --slf")
 
 
-def build_slf(flags, depth, plan):
-    """Put stage 1 of Sequential Layer Focus before the plan."""
-    return (lambda: sequential_layer_focus(depth, flags["slf_epochs"], plan())) if flags["slf"] else plan
-
-
 def check_slf(flags, given):
-    """Conflicts of Sequential Layer Focus."""
+    """Conflicts of Sequential Layer Focus: pairs (applies, sentence)."""
     frozen = flags["slf"] and flags["option"] == "pretrain"
-    return [
-        (frozen, "--slf trains BERT layer by layer, --option pretrain freezes it"),
-        *belongs(given, ["slf_epochs"], flags["slf"], "--slf"),
-    ]
+    yield frozen, "--slf trains BERT layer by layer, --option pretrain freezes it"
+    yield from belongs(given, ["slf_epochs"], flags["slf"], "--slf")
 
 
+def check_unfreezing(flags, given):
+    """Conflicts of gradual unfreezing: pairs (applies, sentence)."""
+    on = flags["gradual_unfreezing"]
+    yield on and flags["option"] == "pretrain", "--gradual_unfreezing trains BERT, --option pretrain freezes it"
+    yield on and flags["slf"], "--gradual_unfreezing and --slf both freeze layers at the start: choose one"
+
+
+def first_stage(plan, flag, flags, depth, second):
+    """Put a first stage of `flags[flag]` epochs a layer before the plan `second`."""
+    return lambda: plan(depth, flags[flag], second())
+
+
+TWO_STAGE = Method(TITLE, conflicts=check_two_stage, plan=build_two_stage)
+SMART_ALTERNATING = Method(
+    TITLE,
+    lambda group: group.add_argument(
+        "--smart_alternating", action="store_true", help="alternate between last exit and all exits by the dev score"
+    ),
+    check_alternating,
+    needs=lambda flags: {"exits"} if flags["smart_alternating"] else set(),
+    plan=build_alternating,
+)
 SLF = Method(
     TITLE,
     add_slf_flags,
     check_slf,
     needs=lambda flags: {"exits"} if flags["slf"] else set(),
-    plan=build_slf,
+    plan=lambda flags, depth, plan: (
+        first_stage(sequential_layer_focus, "slf_epochs", flags, depth, plan) if flags["slf"] else plan
+    ),
 )
-
-
-def add_unfreezing_flags(group):
-    """The flag of gradual unfreezing."""
-    group.add_argument(
+GRADUAL_UNFREEZING = Method(
+    TITLE,
+    lambda group: group.add_argument(
         "--gradual_unfreezing",
         type=positive,
         nargs="?",
         const=0.25,
         metavar="EPOCHS",
         help="train the heads first and unfreeze a layer every EPOCHS (.25), last to first; then all layers",
-    )
-
-
-def build_unfreezing(flags, depth, plan):
-    """Put gradual unfreezing before the plan."""
-    layer_epochs = flags["gradual_unfreezing"]
-    return (lambda: gradual_unfreezing(depth, layer_epochs, plan())) if layer_epochs else plan
-
-
-def check_unfreezing(flags, given):
-    """Conflicts of gradual unfreezing."""
-    on = flags["gradual_unfreezing"]
-    return [
-        (on and flags["option"] == "pretrain", "--gradual_unfreezing trains BERT, --option pretrain freezes it"),
-        (on and flags["slf"], "--gradual_unfreezing and --slf both freeze layers at the start: choose one"),
-    ]
-
-
-GRADUAL_UNFREEZING = Method(TITLE, add_unfreezing_flags, check_unfreezing, plan=build_unfreezing)
+    ),
+    check_unfreezing,
+    plan=lambda flags, depth, plan: (
+        first_stage(gradual_unfreezing, "gradual_unfreezing", flags, depth, plan)
+        if flags["gradual_unfreezing"]
+        else plan
+    ),
+)

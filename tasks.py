@@ -301,14 +301,9 @@ def classes(names):
 
 BERNOULLI = Objective(binary_cross_entropy, bernoulli_divergence, decode_bernoulli, linear_head(1))
 FRACTION = Objective(squared_error, squared_difference, decode_fraction, linear_head(1), start=0.5)
+COSINE_SETTINGS = {"head_dropout": False, "needs_two_vectors": True}
 COSINE = Objective(
-    cosine_embedding,
-    squared_difference,
-    decode_cosine,
-    cosine_head,
-    head_dropout=False,
-    fit_threshold=True,
-    needs_two_vectors=True,
+    cosine_embedding, squared_difference, decode_cosine, cosine_head, fit_threshold=True, **COSINE_SETTINGS
 )
 
 
@@ -325,14 +320,7 @@ def value(low, high):
 def cosine_value(high):
     """The objective of a regression on a cosine: label / high is the target, high times the cosine the prediction."""
     decode = decode_value(0.0, high, high)
-    return Objective(
-        cosine_squared_error(high),
-        squared_difference,
-        decode,
-        cosine_head,
-        head_dropout=False,
-        needs_two_vectors=True,
-    )
+    return Objective(cosine_squared_error(high), squared_difference, decode, cosine_head, **COSINE_SETTINGS)
 
 
 # --- the table ----------------------------------------------------------------------------------------------------
@@ -348,30 +336,25 @@ def one_part_of(parts):
     return lambda name, sizes: math.ceil(sizes[name] / parts)
 
 
+def sentiment(name, title, files, labels):
+    """A row for the sentiment of single sentences."""
+    return Task(
+        name=name,
+        title=title,
+        files=files,
+        columns=("sentence",),
+        label_column="sentiment",
+        labels=labels,
+        output=("id \t Predicted_Sentiment ", ".0f"),
+        metric=ACCURACY,
+        objectives={"ce": classes(labels)},
+    )
+
+
 SENTIMENTS = ("negative", "somewhat negative", "neutral", "somewhat positive", "positive")
 TASKS = {
-    "sst": Task(
-        name="sst",
-        title="SST sentiment",
-        files="ids-sst-{}.csv",
-        columns=("sentence",),
-        label_column="sentiment",
-        labels=SENTIMENTS,
-        output=("id \t Predicted_Sentiment ", ".0f"),
-        metric=ACCURACY,
-        objectives={"ce": classes(SENTIMENTS)},
-    ),
-    "cfimdb": Task(
-        name="cfimdb",
-        title="CFIMDB sentiment",
-        files="ids-cfimdb-{}.csv",
-        columns=("sentence",),
-        label_column="sentiment",
-        labels=("negative", "positive"),
-        output=("id \t Predicted_Sentiment ", ".0f"),
-        metric=ACCURACY,
-        objectives={"ce": classes(("negative", "positive"))},
-    ),
+    "sst": sentiment("sst", "SST sentiment", "ids-sst-{}.csv", SENTIMENTS),
+    "cfimdb": sentiment("cfimdb", "CFIMDB sentiment", "ids-cfimdb-{}.csv", ("negative", "positive")),
     "para": Task(
         name="para",
         title="Quora paraphrase",

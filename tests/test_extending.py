@@ -1,4 +1,4 @@
-"""What METHODS.md promises: a method, a task, a plan, an adapter and a sampler from a file outside take part in a run."""
+"""What METHODS.md promises: a method, a task, a plan, an adapter and a sampler from outside take part in a run."""
 
 import json
 import re

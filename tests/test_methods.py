@@ -52,6 +52,8 @@ EXTENSIONS = {
     "bf16": "--precision bf16",
     "pretrain": "--option pretrain",
 }
+OFF = ("--smart --smart_weight 0", "--bregman --bregman_weight 0", "--lnsr --lnsr_weight 0", "--adapter none")
+OFF += ("--layer_decay 1",)
 # what changes nothing in the first two steps (the first phase is the plain one, or the sampling of tasks is alike)
 STARTS_PLAIN = {"two stage", "smart alternating"}
 
@@ -99,7 +101,7 @@ def baseline(program, start):
     return first_steps(program, start, "", steps=3)[0]
 
 
-@pytest.mark.parametrize("text", ["--smart --smart_weight 0", "--bregman --bregman_weight 0", "--lnsr --lnsr_weight 0", "--adapter none", "--layer_decay 1"])
+@pytest.mark.parametrize("text", OFF)
 def test_off_is_off(program, start, baseline, text):
     weights, _ = first_steps(program, start, text, steps=3)
     assert weights.keys() == baseline.keys()

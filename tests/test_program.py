@@ -885,7 +885,7 @@ def test_weights_with_one_kind_of_segment_take_no_packed_pairs(fresh):
 
 
 def test_a_run_is_named_by_what_differs_from_the_defaults(program):
-    flags, _, defaults = parse_flags(["--weights", "minilm", "--data_dir", "../course", "--eval_batch_size", "3", "--slf"])
+    flags, _, defaults = parse_flags("--weights minilm --data_dir ../course --eval_batch_size 3 --slf".split())
     assert runs.name_run(flags, defaults) == Path("runs/finetune-data_dir_course-weights_minilm-slf")
     assert runs.name_run(defaults, defaults) == Path("runs/finetune")
 
@@ -897,9 +897,7 @@ def test_texts_are_as_long_as_the_weights_have_positions(program):
     assert json.loads((program.path("positions") / "config.json").read_text())["flags"]["max_length"] == 40
 
 
-@pytest.mark.parametrize(
-    "script", ["multitask_classifier.py", "predict.py", "download.py"]
-)
+@pytest.mark.parametrize("script", ["multitask_classifier.py", "predict.py", "download.py"])
 def test_a_python_without_torch_is_told_what_to_do(script):
     """-S leaves out the installed packages."""
     command = [sys.executable, "-S", PROGRAM.parent / script, "run", "sst", "text"]
