@@ -1,24 +1,29 @@
-"""Early exit: a classifier after every layer, and inference that leaves at the first sure one.
+"""Early exit: a classifier after every layer, and inference that leaves at the first exit that is sure enough.
 
-Read first: bert.py, tasks.py. Most inputs do not need every layer. After layer i an exit gives the answer g_i with
-its own pooler and heads, and training adds up the exits' losses (BERTer 3.3, after DeeBERT and BERxiT):
+Many inputs do not need every layer. After layer i, exit i predicts with a pooler and heads of its own (g_i below).
+Training adds up the losses of all exits (BERTer 3.3, after DeeBERT and BERxiT):
 
-    loss = sum_i w_i (L_i + J_i)        L_i = H(y, g_i(h_i; w_i)),  w_i from `exit_weights`
+    loss = sum_i w_i (L_i + J_i)        L_i = H(y, g_i(h_i; w_i)),  the w_i are chosen by --exit_loss
 
-Inference leaves at the first exit whose certainty reaches a threshold; the last one always answers. Two certainties:
+At inference a row leaves at the first exit whose certainty reaches the threshold of its task. Every row that gets to
+the last exit leaves there. There are two kinds of certainty:
 
     confidence   the largest probability of g_i (classification only)
-    LTE          "learning to exit": u_i = sigmoid(c . h_i + b), one (c, b) per task for all its exits, trained with
-                 J_i = (u_i - t_i)^2,  t_i = 1[g_i is right], or 1 - tanh(|g_i - y| / scale) for a regression
+    LTE          "learning to exit": u_i = sigmoid(c . h_i + b), with one (c, b) per task for all its exits
 
-The target t_i is a label: nothing is learned through it. J_i does reach the backbone through h_i.
-Differs: BERTer has no scale; with labels from 0 to 5 tanh would hardly tell an error of 2 from one of 5, so the
-scale is half the label's range and the largest possible error is at tanh(2). h_i is the vector that the head sees.
-BERxiT's public code trains the opposite sign (the probability to go on) and leaves *below* a threshold.
-J_i is trained with --early_exit only, and then for every task, so that a saved run may be asked to leave by either
-certainty; training plans that have exits for their own sake (--slf) do without it.
+--early_exit trains u_i with J_i = (u_i - t_i)^2, for every task. The target t_i is 1 where g_i is right, else 0. For
+a regression it is 1 - tanh(|g_i - y| / scale). J_i trains (c, b) and, through h_i, BERT. It does not train the heads,
+because no gradient passes through t_i.
+
+The thresholds are chosen on dev. A threshold looks better on the rows that chose it than on new rows. So dev is cut
+into FOLDS parts, and the rows of each part are scored with thresholds that were chosen on the other parts.
+
+Differs: BERTer has no scale. Labels go from 0 to 5, and tanh(2) is almost tanh(5), so the scale is half the range of
+the labels: the largest error is at tanh(2). h_i is the vector that the head sees. BERxiT's published code trains the
+opposite, the probability to go on, and leaves below a threshold.
 """
 
+import argparse
 import copy
 from dataclasses import dataclass, replace
 
@@ -27,28 +32,33 @@ import torch
 from torch import nn
 
 from errors import InputError
+from methods import LossTerm, Method, at_least_zero, belongs
 from tasks import widen
 
 POLICIES = ("auto", "confidence", "lte")
-# no certainty reaches it, so every row goes to the last exit
-FULL_DEPTH = 1.01
-# batches whose survivors are cut anew after every layer: more fill the deep batches better, but join rows of more
-# unequal length (more padding) and need more memory
+# a threshold that no certainty reaches: every row goes to the last exit
+UNREACHABLE = 1.01
+# inference packs the unfinished rows of this many batches; more batches fill the deep layers better, but they put
+# rows of more unequal length side by side (more padding) and need more memory
 POOLED_BATCHES = 4
-# the candidates for a threshold split the certainties into this many equal parts: more fit the noise of half a dev set
+# candidates for a threshold cut the sorted certainties into this many equal parts; more would fit the noise of dev
 CANDIDATES = 50
-# what a layer may cost, in units of the score, from dear to cheap
+# what one layer may cost, in units of the score, the highest price first
 PRICES = (*np.geomspace(1.0, 1e-6, 200), 0.0)
+# share of the mean score that the thresholds may lose on the rows that choose them
+ALLOWED_LOSS = 0.005
+# parts of dev for cross-fitting
+FOLDS = 5
 
 
-# --- the modules and their loss -----------------------------------------------------------------------------------
+# --- the modules --------------------------------------------------------------------------------------------------
 
 
 class Exit(nn.Module):
-    """The classifier g_i of layer i: one pooler shared by the tasks and one head per task.
+    """The classifier g_i of layer i: one pooler for all tasks and one head per task.
 
-    The pooler starts from the pretrained one, the heads from nothing. The last layer's exit is the ordinary pooler
-    and heads of the model, so it is not built here. With mean pooling there is no pooler to copy.
+    The pooler starts as a copy of the pretrained one, the heads start from random numbers. The last layer has no Exit:
+    its exit is the model's own pooler and heads. With mean pooling there is no pooler to copy.
     Shapes: pool: [b,s,d] -> [b,d].
     Source: BERTer 3.3, L_i = H(y, g_i(h_i; w_i)); DeeBERT.
     """
@@ -60,14 +70,13 @@ class Exit(nn.Module):
         self.heads = make_heads()
 
     def pool(self, h):
-        """The vector of the first token through this exit's pooler."""
-        return self.pooler_af(self.pooler_dense(h[:, 0]))
+        """Pass the vector of the first token through this exit's pooler."""
+        return self.pooler_af(self.pooler_dense(h[:, 0]))  # [b,d] W^T: [b,d]
 
 
 class LTE(nn.Module):
-    """Learning to exit: how sure a task may be of an answer, judged from the vector that the head sees.
+    """Learning to exit: estimates from the head's input how good the head's prediction is.
 
-    It starts at zero, where u = 1/2 whatever it sees.
     Shapes: certainty: [b,w] -> [b].
     Source: BERTer 3.3, u_i = sigmoid(c . h_i + b); BERxiT.
     """
@@ -75,82 +84,123 @@ class LTE(nn.Module):
     def __init__(self, width):
         super().__init__()
         self.linear = nn.Linear(width, 1)
+        # zeros: an untrained LTE has u = 1/2 for every input
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
 
     def certainty(self, state):
         """The estimated certainty u, from 0 to 1."""
-        return widen(self.linear(widen(state))).squeeze(-1).sigmoid()
+        return widen(self.linear(widen(state))).squeeze(-1).sigmoid()  # c . h + b: [b,1], to [b]
+
+
+# --- the losses ---------------------------------------------------------------------------------------------------
 
 
 def certainty_target(task, logits, labels, threshold):
-    """What the LTE's certainty of an answer should have been, as a label without gradient.
+    """The target t of the LTE: how good the prediction is, from 0 to 1, without a gradient.
 
     Shapes: logits [b,o], labels [b] -> [b].
     Source: BERTer 3.3.
     Differs: the error of a regression is measured in halves of the label's range.
     """
-    values, _ = task.decode(logits.detach(), threshold)
+    # detached: t must not push the heads towards predictions that are easy to judge
+    values, _ = task.objective.decode(logits.detach(), threshold)  # [b]
     if task.is_regression:
         low, high = task.label_range
         return 1 - torch.tanh((values - labels).abs() / ((high - low) / 2))
     return (values == labels).to(values.dtype)
 
 
-class LTELoss:
-    """The loss term of the LTE: the weighted sum of J_i = (u_i - t_i)^2 over the step's exits.
+class LTELoss(LossTerm):
+    """The loss term of the LTE: sum_i w_i J_i with J_i = (u_i - t_i)^2, over the exits of the step.
 
-    Zero while the LTE is frozen (stage 1 of Sequential Layer Focus): it would only pull at the layers below.
     Source: BERTer 3.3, L_i becomes L_i + J_i.
     """
 
     def __call__(self, model, batch, outputs, exit_weights):
         task, lte = batch.task, model.lte[batch.task.name]
-        total = torch.zeros(len(batch), device=batch.labels.device)
-        if not lte.linear.weight.requires_grad:
-            return total
+        total = torch.zeros(len(batch), device=batch.labels.device)  # [b]
         for i, weight in exit_weights.items():
             target = certainty_target(task, outputs.logits[i], batch.labels, model.threshold(task.name))
+            # states are not detached: the layers learn to show how sure an exit may be
             total = total + weight * (lte.certainty(outputs.states[i]) - target) ** 2
         return total
 
 
-# --- exit weights -------------------------------------------------------------------------------------------------
+class DistillLoss(LossTerm):
+    """Self-distillation: sum_i w_i D(exit i, last exit) over the exits i < L of the step.
+
+    D is the divergence of the task's objective. The last exit is the teacher: no gradient reaches its logits.
+    Source: Zhang et al. (2019), Be Your Own Teacher; Liu et al. (2020), FastBERT.
+    Differs: D is the symmetrised KL at temperature 1, or the squared difference of a regression; both papers use a
+        one-sided KL. Exits also learn from the labels, as in Zhang et al.; FastBERT trains its exits without labels
+        and with a frozen teacher. Zhang et al. also pull the exits' features together; this term does not.
+    """
+
+    def __call__(self, model, batch, outputs, exit_weights):
+        total = torch.zeros(len(batch), device=batch.labels.device)  # [b]
+        # without the last exit (stage 1 of SLF) the step has no teacher
+        if model.depth not in exit_weights:
+            return total
+        teacher = outputs.logits[model.depth].detach()  # [b,o]
+        for i, weight in exit_weights.items():
+            if i != model.depth:
+                total = total + weight * batch.task.objective.divergence(outputs.logits[i], teacher)
+        return total
+
+
+# --- exit weights: depth L -> a cycle of {exit: weight}; a task's batches take its entries by turns ---------------
 
 
 def weigh_joint(depth):
-    """Every exit alike: sum_i L_i. Source: BERTer 3.3."""
+    """All exits count alike: sum_i L_i. Source: BERTer 3.3."""
     return (dict.fromkeys(range(1, depth + 1), 1.0),)
 
 
 def weigh_deeper(depth):
-    """Deeper exits more: sum_i w_i L_i, w_i = 2 i / (L + 1), which sum to L as in the joint loss.
+    """Deeper exits count more: w_i = 2 i / (L + 1).
 
-    Source: PABEE, equation 7, up to the constant factor L, which keeps the balance with other loss terms.
+    Source: PABEE, equation 7.
+    Differs: the weights sum to L and not to 1, so that the exits keep their balance with the other loss terms.
     """
     return ({i: 2 * i / (depth + 1) for i in range(1, depth + 1)},)
 
 
 def weigh_alternating(depth):
-    """By turns, a batch of a task on the last exit alone and one on all of them. Source: BERxiT."""
+    """By turns one batch trains the last exit alone and the next one all exits. Source: BERxiT."""
     return ({depth: 1.0}, *weigh_joint(depth))
 
 
-EXIT_WEIGHTS = {"joint": weigh_joint, "weighted": weigh_deeper, "alternating": weigh_alternating}
-
-
-def exit_weights(kind, depth):
-    """The cycle of {exit layer: weight}, one entry per batch of a task, that a training phase takes."""
-    return EXIT_WEIGHTS[kind](depth)
+# the choices of --exit_loss: distilled adds DistillLoss to the joint weights, two_stage is a plan of slf.py
+EXIT_WEIGHTS = {
+    "joint": weigh_joint,
+    "weighted": weigh_deeper,
+    "alternating": weigh_alternating,
+    "distilled": weigh_joint,
+    "two_stage": weigh_joint,
+}
 
 
 # --- inference ----------------------------------------------------------------------------------------------------
 
 
-def choose_policies(tasks, policy):
-    """The kind of certainty of every task: {task: "confidence" or "lte"}; auto is LTE for a regression only.
+@dataclass(frozen=True)
+class ExitSettings:
+    """How a run leaves early: {task: policy} and {task: threshold}, with None for a threshold to choose on dev."""
 
-    Raises: InputError for confidence on a regression, which has no probabilities.
+    policies: dict
+    thresholds: dict
+
+    def complete(self, exits):
+        """All thresholds, {task: threshold}; missing ones are chosen on the rows of `exits`, {task: AllExits}."""
+        missing = {name: exits[name] for name, threshold in self.thresholds.items() if threshold is None}
+        return self.thresholds | choose_thresholds(missing, self.policies)
+
+
+def choose_policies(tasks, policy):
+    """Choose the kind of certainty of each task: {task: "confidence" or "lte"}; auto is LTE for a regression.
+
+    Raises: InputError for the confidence of a regression, which has no probabilities.
     """
     for name, task in tasks.items():
         if policy == "confidence" and task.is_regression:
@@ -163,30 +213,68 @@ def choose_policies(tasks, policy):
 
 def confidence(model, logits, task):
     """The largest probability of a classification. Shapes: [b,o] -> [b]."""
-    return task.decode(logits, model.threshold(task.name))[1].amax(-1)
+    return task.objective.decode(logits, model.threshold(task.name))[1].amax(-1)  # over the classes: [b,classes]
 
 
 def cut(batch, part):
-    """Some rows of a batch, to embed, without the columns that only the other rows need."""
-    segments = tuple(
-        tuple(x[part, mask[part].any(0)] for x in (input_ids, mask, types)) for input_ids, mask, types in batch.segments
-    )
-    return replace(batch, segments=segments, labels=None, ids=batch.ids[part])
+    """Cut some rows out of a batch, without the columns that are padding in all of them. Shapes: part: p rows."""
+    segments = []
+    for ids, mask, types in batch.segments:
+        used = mask[part].any(0)  # [s]: columns with a token of some row
+        segments.append((ids[part, used], mask[part, used], types[part, used]))  # three times [p,c]
+    return replace(batch, segments=tuple(segments), labels=None, ids=batch.ids[part])
+
+
+class Unfinished:
+    """The rows of a batch that have not left yet, packed at the front of buffers.
+
+    After each layer the unfinished rows are packed again, so leftovers from many batches form one full batch.
+    Shapes: rows [b], positions in the batch; masks: one [b,s] per encoder pass; hidden: one [b,s,d] per pass.
+    """
+
+    def __init__(self, masks):
+        self.masks = tuple(mask.clone() for mask in masks)  # copies, because `keep` overwrites them
+        self.rows = torch.arange(len(masks[0]), device=masks[0].device)
+        self.hidden, self.count = None, len(self.rows)
+
+    def parts(self, size):
+        """Start a layer: slices of at most `size` of the unfinished rows. `keep` then collects the rows that stay."""
+        count, self.count = self.count, 0
+        return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+
+    def read(self, part):
+        """The hidden states (None before layer 1) and masks of p rows, and the columns kept. Shapes: c of s columns."""
+        used = tuple(mask[part].any(0) for mask in self.masks)  # [s]: columns with a token of some row
+        masks = tuple(mask[part, columns] for mask, columns in zip(self.masks, used, strict=True))  # [p,c]
+        hidden = self.hidden and tuple(h[part, columns] for h, columns in zip(self.hidden, used, strict=True))
+        return hidden, masks, used
+
+    def keep(self, part, stays, hidden, used):
+        """Move the rows that stay behind those already kept. Shapes: stays [k], positions in part; hidden [p,c,d]."""
+        if self.hidden is None:
+            # zeros: attention masks the cells that a row never fills, but a NaN in them would still spread
+            self.hidden = tuple(h.new_zeros(*m.shape, h.shape[-1]) for h, m in zip(hidden, self.masks, strict=True))
+        # in place: the kept rows end before the rows that are still to be read
+        front = slice(self.count, self.count + len(stays))
+        for h, deeper, mask, columns in zip(self.hidden, hidden, self.masks, used, strict=True):
+            h[front, columns] = deeper[stays]  # [k,c,d]
+            mask[front] = mask[part][stays]  # [k,s]
+        self.rows[front] = self.rows[part][stays]
+        self.count = front.stop
 
 
 class ExitInference:
-    """Inference that lets rows leave at the first exit whose certainty reaches their task's threshold.
+    """Inference in which a row leaves at the first exit whose certainty reaches the threshold of its task.
 
-    It takes the place of `full_depth` in evaluation.predict. The rows that stay move up in the buffers of hidden
-    states and masks, and are cut anew into batches without the columns that only rows that left had needed: few
-    stragglers of many batches fill one batch. Above a threshold of 1 this computes the same as the full depth.
-    `rows_at_once` tells predict how many rows to hand over.
+    With UNREACHABLE thresholds it computes the same as full depth, bit by bit.
     Source: BERTer 3.3.
     """
 
-    def __init__(self, policies, thresholds, batch_size=32):
-        self.policies, self.thresholds, self.batch_size = policies, thresholds, batch_size
-        self.rows_at_once = POOLED_BATCHES * batch_size
+    # evaluation.predict passes the rows of this many batches at once
+    batches_at_once = POOLED_BATCHES
+
+    def __init__(self, policies, thresholds):
+        self.policies, self.thresholds = policies, thresholds
 
     def certainty(self, model, state, logits, task):
         """How sure an exit is. Shapes: state [b,w], logits [b,o] -> [b]."""
@@ -194,96 +282,78 @@ class ExitInference:
             return model.lte[task.name].certainty(state)
         return confidence(model, logits, task)
 
-    def __call__(self, model, batch):
-        """Answer a batch of any size. Shapes: outputs [b,o], executed layers [b]."""
-        task, hidden, outputs = batch.task, None, None
-        masks = tuple(mask.clone() for mask in model.masks(batch))
-        rows = torch.arange(len(batch), device=masks[0].device)
-        layers = torch.full_like(rows, model.depth)
-        remaining = len(rows)
+    def run_exit(self, model, i, hidden, masks, task):
+        """Run exit i. Shapes: hidden: one [p,c,d] per pass -> logits [p,o], whether each row leaves [p]."""
+        state = model.state(i, hidden, masks, task)  # [p,w]
+        logits = model.head(i, state, task)
+        if i == model.depth:
+            return logits, torch.ones(len(logits), dtype=torch.bool, device=logits.device)
+        return logits, self.certainty(model, state, logits, task) >= self.thresholds[task.name]
+
+    def __call__(self, model, batch, batch_size):
+        """Predict a batch of any size, `batch_size` rows at a time. Shapes: outputs [b,o], executed layers [b]."""
+        unfinished, left = Unfinished(model.masks(batch)), []
         for i in range(1, model.depth + 1):
-            present, remaining = remaining, 0
-            for start in range(0, present, self.batch_size):
-                part = slice(start, min(start + self.batch_size, present))
-                used = [mask[part].any(0) for mask in masks]  # the columns that some row of this part needs
-                part_masks = tuple(mask[part, columns] for mask, columns in zip(masks, used, strict=True))
+            for part in unfinished.parts(batch_size):
+                hidden, masks, used = unfinished.read(part)
                 if i == 1:
-                    part_hidden = model.embed(cut(batch, part))
-                else:
-                    part_hidden = tuple(h[part, columns] for h, columns in zip(hidden, used, strict=True))
-                [(_, part_hidden)] = model.encode(part_hidden, part_masks, task, i - 1, i)
-                state = model.state(i, part_hidden, part_masks, task)
-                logits = model.head(i, state, task)
-                if outputs is None:
-                    outputs = logits.new_empty(len(batch), logits.shape[-1])
-                    # zeros: what a row never fills is masked, but has to be a number
-                    hidden = tuple(h.new_zeros(*m.shape, h.shape[-1]) for h, m in zip(part_hidden, masks, strict=True))
-                if i == model.depth:
-                    outputs[rows[part]] = logits
-                    continue
-                leaves = self.certainty(model, state, logits, task) >= self.thresholds[task.name]
-                left, stays = rows[part][leaves], (~leaves).nonzero().squeeze(-1)
-                outputs[left], layers[left] = logits[leaves], i
-                # never beyond `part`, so that nothing unread is overwritten
-                kept = slice(remaining, remaining + len(stays))
-                for h, deeper, mask, columns in zip(hidden, part_hidden, masks, used, strict=True):
-                    h[kept, columns] = deeper[stays]
-                    mask[kept] = mask[part][stays]
-                rows[kept] = rows[part][stays]
-                remaining = kept.stop
-        return outputs, layers
+                    hidden = model.embed(cut(batch, part))
+                [(_, hidden)] = model.encode(hidden, masks, batch.task, i - 1, i)  # layer i alone
+                logits, leaves = self.run_exit(model, i, hidden, masks, batch.task)
+                rows = unfinished.rows[part][leaves]  # a boolean index copies, so `keep` cannot overwrite these
+                left.append((rows, logits[leaves], torch.full_like(rows, i)))
+                if i < model.depth:
+                    unfinished.keep(part, (~leaves).nonzero().squeeze(-1), hidden, used)
+        rows, outputs, layers = (torch.cat(pieces) for pieces in zip(*left, strict=True))
+        order = rows.argsort()  # rows left in any order; put them back into the batch's
+        return outputs[order], layers[order]
 
 
-# --- all exits of one full pass: choosing and sweeping thresholds without running again ---------------------------
+# --- all exits of one full pass: choosing and scoring thresholds without running the model again ------------------
 
 
 def every_exit(model, batch):
-    """Run every layer once and ask every exit.
+    """Run every layer once, and every exit. The confidence of a regression is NaN.
 
-    A certainty that does not exist (confidence of a regression) is NaN.
     Shapes: outputs [b,L,o], confidence [b,L], LTE [b,L].
     """
     task, exits = batch.task, range(1, model.depth + 1)
-    found = model(batch, exits=tuple(exits))
-    outputs = torch.stack([widen(found.logits[i]) for i in exits], dim=1)
-    lte = torch.stack([model.lte[task.name].certainty(found.states[i]) for i in exits], dim=1)
+    predicted = model(batch, exits=tuple(exits))
+    outputs = torch.stack([widen(predicted.logits[i]) for i in exits], dim=1)
+    lte = torch.stack([model.lte[task.name].certainty(predicted.states[i]) for i in exits], dim=1)
     if task.is_regression:
         return outputs, torch.full_like(lte, torch.nan), lte
-    return outputs, torch.stack([confidence(model, found.logits[i], task) for i in exits], dim=1), lte
+    return outputs, torch.stack([confidence(model, predicted.logits[i], task) for i in exits], dim=1), lte
 
 
 @dataclass(frozen=True)
 class AllExits:
-    """What every exit says of the given rows of a dataset.
+    """The predictions and certainties of every exit for some rows of a task's dataset.
 
     Shapes: rows, labels [n]; values, confidence, lte [n,L].
     Units: values are class indices or label units.
     """
 
+    task: object
     rows: np.ndarray
     labels: np.ndarray
     values: np.ndarray
     confidence: np.ndarray
     lte: np.ndarray
 
-    @property
-    def depth(self):
-        """Number of exits."""
-        return self.values.shape[1]
-
     def take(self, chosen):
-        """The same for some of the rows, by position."""
+        """The same for some of the rows: positions, or a boolean for each row."""
         parts = (self.rows, self.labels, self.values, self.confidence, self.lte)
-        return AllExits(*(part[chosen] for part in parts))
+        return AllExits(self.task, *(part[chosen] for part in parts))
 
     def certainty(self, policy):
-        """The certainty that a policy goes by. Shapes: [n,L]."""
+        """The certainty that a policy compares with its threshold. Shapes: [n,L]."""
         return self.lte if policy == "lte" else self.confidence
 
 
 @dataclass(frozen=True)
 class ExitScores:
-    """Score, mean number of executed layers, and share of the rows that left at each exit [L]."""
+    """The task's metric, the mean number of executed layers, and the share of the rows that left at each exit [L]."""
 
     score: float
     mean_layers: float
@@ -291,54 +361,137 @@ class ExitScores:
 
 
 def first_exit(certainty, threshold):
-    """The layer after which each row leaves. Shapes: certainty [n,L] -> [n]."""
-    sure = certainty >= threshold
+    """The layer after which each row leaves. Shapes: certainty [n,L], threshold a number or [n] -> [n]."""
+    sure = certainty >= np.reshape(threshold, (-1, 1))  # [n,L] with [1,1] or [n,1]
     sure[:, -1] = True
-    return sure.argmax(1) + 1
+    return sure.argmax(1) + 1  # argmax returns the first True
 
 
-def scores_at(exits, policy, threshold, metric):
-    """What leaving at a threshold gives, from one full pass; `metric(values, labels)` is the task's."""
+def scores_at(exits, policy, threshold):
+    """Score what leaving at a threshold would give. Shapes: threshold: a number, or [n] with one per row."""
     layers = first_exit(exits.certainty(policy), threshold)
+    # the prediction of the exit where each row leaves: [n,1] to [n]
     values = np.take_along_axis(exits.values, layers[:, None] - 1, axis=1)[:, 0]
-    shares = np.bincount(layers, minlength=exits.depth + 1)[1:] / len(layers)
-    return ExitScores(metric(values, exits.labels), float(layers.mean()), shares)
+    shares = np.bincount(layers, minlength=exits.values.shape[1] + 1)[1:] / len(layers)
+    return ExitScores(exits.task.metric.function(values, exits.labels), float(layers.mean()), shares)
 
 
-def layer_scores(exits, metric):
+def layer_scores(exits):
     """The score of each exit if all rows left there. Shapes: [L]."""
-    return np.array([metric(values, exits.labels) for values in exits.values.T])
+    return np.array([exits.task.metric.function(values, exits.labels) for values in exits.values.T])
 
 
-def halves(n, seed=0):
-    """Two random halves of positions 0..n-1, each in order: one to choose thresholds on, one to report."""
-    order = np.random.default_rng(seed).permutation(n)
-    return np.sort(order[: n // 2]), np.sort(order[n // 2 :])
+# --- choosing thresholds ------------------------------------------------------------------------------------------
 
 
-def candidates(exits, policy, metric):
-    """Thresholds to choose from, the lowest first: quantiles of the certainties, and full depth.
+def candidates(exits, policy):
+    """The thresholds to choose from, lowest first: quantiles of the certainties, and UNREACHABLE.
 
-    Shapes: thresholds, scores, mean layers, each [n].
+    Shapes: thresholds, normalised scores, mean layers, each [n].
     """
-    certainty = exits.certainty(policy)[:, :-1]
-    thresholds = (*np.unique(np.quantile(certainty, np.linspace(0, 1, CANDIDATES + 1))), FULL_DEPTH)
-    found = [scores_at(exits, policy, t, metric) for t in thresholds]
-    return np.array(thresholds), np.array([x.score for x in found]), np.array([x.mean_layers for x in found])
+    certainty = exits.certainty(policy)[:, :-1]  # every row leaves at the last exit, whatever its certainty
+    thresholds = (*np.unique(np.quantile(certainty, np.linspace(0, 1, CANDIDATES + 1))), UNREACHABLE)
+    results = [scores_at(exits, policy, threshold) for threshold in thresholds]
+    scores = [exits.task.metric.normalise(result.score) for result in results]
+    return np.array(thresholds), np.array(scores), np.array([result.mean_layers for result in results])
 
 
-def choose_thresholds(exits, policies, metrics, loss=0.005):
-    """Thresholds of all tasks with few layers whose mean score is at least (1 - loss) of the full depth's.
+def choose_thresholds(exits, policies, allowed_loss=ALLOWED_LOSS):
+    """Choose the thresholds of all tasks, so that few layers run and the mean score stays almost that of full depth.
 
-    Every task takes the candidate with the largest score - price * layers, and the price is the highest one that costs
-    no more than the loss. So all tasks pay the same score for a layer: one with good early exits saves more.
-    `exits`, `policies`, `metrics`: {task: ...}, the metrics on a scale from 0 to 1. Give it one of the `halves` and
-    report the other. Returns {task: threshold}.
+    Each task picks the threshold that maximises score - price * layers. The highest price is used that keeps the
+    tasks' summed score at (1 - allowed_loss) of full depth's. All tasks pay the same price for a layer, so a task
+    with good early exits saves more layers.
+    `exits` is {task: AllExits}. Returns {task: threshold}.
     """
-    offers = {name: candidates(found, policies[name], metrics[name]) for name, found in exits.items()}
-    floor = (1 - loss) * sum(layer_scores(found, metrics[name])[-1] for name, found in exits.items())
+    offers = {name: candidates(found, policies[name]) for name, found in exits.items()}
+    # the last candidate of a task is full depth
+    floor = (1 - allowed_loss) * sum(scores[-1] for _, scores, _ in offers.values())
     for price in PRICES:
-        chosen = {name: int(np.argmax(scores - price * layers)) for name, (_, scores, layers) in offers.items()}
-        if sum(offers[name][1][k] for name, k in chosen.items()) >= floor:
+        picks = {name: int(np.argmax(scores - price * layers)) for name, (_, scores, layers) in offers.items()}
+        # at the last price, 0, each task picks its best score: at least that of full depth
+        if sum(offers[name][1][k] for name, k in picks.items()) >= floor:
             break
-    return {name: float(offers[name][0][k]) for name, k in chosen.items()}
+    return {name: float(offers[name][0][k]) for name, k in picks.items()}
+
+
+def assign_folds(n, seed=0):
+    """Draw the fold of each of n rows: numbers from 0 to FOLDS - 1, each for as many rows. Shapes: [n]."""
+    return np.random.default_rng(seed).permutation(np.arange(n) % FOLDS)
+
+
+def cross_fit(exits, settings):
+    """For each row the threshold that was chosen without the row's fold: {task: [n]}.
+
+    The score of a row with such a threshold estimates the score of a new row: its own label had no part in the choice.
+    A task whose threshold the settings fix has that threshold in all rows.
+    """
+    folds = {name: assign_folds(len(found.rows)) for name, found in exits.items()}
+    thresholds = {name: np.empty(len(found.rows)) for name, found in exits.items()}
+    for k in range(FOLDS):
+        others = {name: found.take(folds[name] != k) for name, found in exits.items()}
+        for name, threshold in settings.complete(others).items():
+            thresholds[name][folds[name] == k] = threshold
+    return thresholds
+
+
+# --- flags and record ---------------------------------------------------------------------------------------------
+
+
+def exit_threshold(text):
+    """Read one --exit_threshold: a number, or None for auto."""
+    return None if text == "auto" else at_least_zero(text)
+
+
+def sweep_levels(entries):
+    """The thresholds of a list with commas, which --option evaluate sweeps; an empty list for anything else."""
+    if len(entries) != 1 or "," not in entries[0]:
+        return []
+    try:
+        return [at_least_zero(level) for level in entries[0].split(",")]
+    except (ValueError, argparse.ArgumentTypeError) as error:
+        raise InputError(f"--exit_threshold {entries[0]}: {error}") from None
+
+
+def add_flags(group):
+    """The flags of early exit."""
+    group.add_argument(
+        "--early_exit", action="store_true", help="train an exit after every layer, and use the exits at inference"
+    )
+    group.add_argument(
+        "--exit_policy",
+        choices=POLICIES,
+        default="auto",
+        help="the certainty that decides to leave; auto: confidence for classification, LTE for regression",
+    )
+    group.add_argument(
+        "--exit_threshold",
+        nargs="+",
+        metavar="T",
+        default=["auto"],
+        help="leave at this certainty: a number, task=number, or auto (chosen on dev); "
+        "with --option evaluate also a list to sweep, .5,.9,.99",
+    )
+    group.add_argument("--exit_loss", choices=tuple(EXIT_WEIGHTS), default="joint", help="how the exits are trained")
+
+
+def conflicts(flags, given):
+    """Flags that make no sense without --early_exit; --option evaluate reads it from the saved run."""
+    evaluates = flags["option"] == "evaluate"
+    yield from belongs(given, ("exit_policy", "exit_threshold"), flags["early_exit"] or evaluates, "--early_exit")
+    sentence = "--exit_threshold with a list sweeps a saved run: use it with --option evaluate"
+    yield not evaluates and bool(sweep_levels(flags["exit_threshold"])), sentence
+
+
+def needs(flags):
+    """Both flags need an exit after every layer."""
+    return {"exits"} if flags["early_exit"] or flags["exit_loss"] != "joint" else set()
+
+
+def terms(flags, model, noise):
+    """The loss terms that are on."""
+    on = {"lte": LTELoss()} if flags["early_exit"] else {}
+    return on | ({"distill": DistillLoss()} if flags["exit_loss"] == "distilled" else {})
+
+
+EXITS = Method("early exit (BERTer 3.3)", add_flags, conflicts, needs, terms)
