@@ -18,9 +18,9 @@ def blank():
     """Runs leave empty pictures. Gives the real functions: {name: function}."""
     from tiny import PICTURES, leave_pictures_blank
 
-    import closing
+    import report
 
-    real = {name: getattr(closing, name) for name in PICTURES}
+    real = {name: getattr(report, name) for name in PICTURES}
     with pytest.MonkeyPatch.context() as patch:
         leave_pictures_blank(patch)
         yield real
@@ -29,10 +29,10 @@ def blank():
 @pytest.fixture
 def draw(blank, monkeypatch):
     """In this test runs draw their pictures."""
-    import closing
+    import report
 
     for name, function in blank.items():
-        monkeypatch.setattr(closing, name, function)
+        monkeypatch.setattr(report, name, function)
 
 
 @pytest.fixture(scope="session")

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-import closing
 import multitask_classifier
+import report
 from base_bert import BertConfig
 from bert import BertModel
 from datasets import Batch
@@ -175,7 +175,7 @@ def weights_of(run):
 def leave_pictures_blank(monkeypatch):
     """Let runs leave empty pictures: to draw them takes longer than to train a tiny model."""
     for name in PICTURES:
-        monkeypatch.setattr(closing, name, lambda path, *_: write_whole(path, b""))
+        monkeypatch.setattr(report, name, lambda path, *_: write_whole(path, b""))
 
 
 def call_at(monkeypatch, owner, name, at, action):
