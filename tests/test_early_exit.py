@@ -1,7 +1,10 @@
 """Early exit against one-by-one inference, against full depth, and against values worked out by hand."""
 
+import argparse
 import math
+from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,24 +14,35 @@ from torch import nn
 
 from datasets import Batch, read_dataset
 from early_exit import (
-    FULL_DEPTH,
+    ALLOWED_LOSS,
+    EXIT_WEIGHTS,
+    EXITS,
+    FOLDS,
     LTE,
+    UNREACHABLE,
     AllExits,
+    DistillLoss,
     ExitInference,
+    ExitSettings,
     LTELoss,
+    assign_folds,
+    candidates,
     certainty_target,
     choose_policies,
     choose_thresholds,
+    cross_fit,
     every_exit,
-    exit_weights,
+    exit_threshold,
     first_exit,
-    halves,
     layer_scores,
     scores_at,
+    sweep_levels,
 )
 from errors import InputError
-from evaluation import METRICS, evaluate, full_depth, predict, predict_exits, sweep
-from tasks import build_tasks
+from evaluation import evaluate, mean_norm, predict, predict_exits
+from methods import LossTerm
+from report import score_exits, sweep
+from tasks import ACCURACY, Metric, build_tasks
 from tokenizer import BertTokenizer
 
 ENCODINGS = ("concat", "embed_concat", "siamese")
@@ -126,14 +140,14 @@ def test_batched_inference_equals_one_by_one(name, encoding, adapters):
     _, confidence, lte = every_exit(model, batch)
     threshold = spreading_threshold(lte if name == "sts" else confidence)
     counts = count_rows(model)
-    outputs, layers = ExitInference(POLICIES, {name: threshold}, batch_size=8)(model, batch)
+    outputs, layers = ExitInference(POLICIES, {name: threshold})(model, batch, 8)
     passes = 2 if tasks[name].encoding == "siamese" else 1
     assert counts == [passes * int((layers >= i).sum()) for i in range(1, model.depth + 1)]
     assert len(set(layers.tolist())) >= 3
     for row in range(len(batch)):
         alone = row_of(batch, row)
         counts[:] = [0] * model.depth
-        output, layer = ExitInference(POLICIES, {name: threshold})(model, alone)
+        output, layer = ExitInference(POLICIES, {name: threshold})(model, alone, 8)
         assert layer == layers[row]
         assert counts == [passes] * int(layer) + [0] * (model.depth - int(layer))
         torch.testing.assert_close(outputs[row], output[0], rtol=1e-5, atol=1e-5)
@@ -146,7 +160,7 @@ def test_mean_pooling_sees_the_tokens_that_stayed():
     model, tasks = make_exits("embed_concat", torch.float32, pooling="mean")
     batch = make_batch(tasks["para"], b=20, s=12)
     threshold = spreading_threshold(every_exit(model, batch)[1])
-    outputs, layers = ExitInference(POLICIES, {"para": threshold}, batch_size=4)(model, batch)
+    outputs, layers = ExitInference(POLICIES, {"para": threshold})(model, batch, 4)
     assert len(set(layers.tolist())) >= 3
     for row in range(len(batch)):
         full = model(row_of(batch, row), exits=(int(layers[row]),)).logits[int(layers[row])]
@@ -158,7 +172,7 @@ def test_mean_pooling_sees_the_tokens_that_stayed():
 def test_a_threshold_above_one_is_the_full_model_bit_by_bit(data, encoding, adapters):
     model, tasks = make_exits(encoding, torch.float32, adapters)
     for policies in (POLICIES, dict.fromkeys(tasks, "lte")):
-        infer = ExitInference(policies, dict.fromkeys(tasks, FULL_DEPTH), batch_size=4)
+        infer = ExitInference(policies, dict.fromkeys(tasks, UNREACHABLE))
         for dataset in data(tasks).values():
             found, full = predict(model, dataset, batch_size=4, infer=infer), predict(model, dataset, batch_size=4)
             assert np.array_equal(found.outputs, full.outputs)
@@ -173,10 +187,28 @@ def test_a_threshold_of_zero_leaves_at_the_first_exit():
     for task in tasks.values():
         batch = make_batch(task, b=7)
         counts[:] = [0] * model.depth
-        outputs, layers = ExitInference(POLICIES, dict.fromkeys(tasks, 0.0), batch_size=2)(model, batch)
+        outputs, layers = ExitInference(POLICIES, dict.fromkeys(tasks, 0.0))(model, batch, 2)
         assert layers.tolist() == [1] * 7
         assert counts == [7, 0, 0, 0]
         torch.testing.assert_close(outputs, model(batch, exits=(1,)).logits[1])
+
+
+class FirstOfEachPartStays(ExitInference):
+    """After layer 1 the first row of every part stays; nothing leaves later."""
+
+    def certainty(self, model, state, logits, task):
+        self.first = getattr(self, "first", 0) + 1
+        return torch.arange(len(logits)) if self.first <= 4 else torch.zeros(len(logits))
+
+
+def test_leftovers_of_four_batches_fill_one(data):
+    model, tasks = make_exits()
+    dataset, passes = data(tasks, 16)["sst"], [0] * model.depth
+    for i, layer in enumerate(model.bert.bert_layers):
+        layer.register_forward_pre_hook(lambda *_, i=i: passes.__setitem__(i, passes[i] + 1))
+    found = predict(model, dataset, batch_size=4, infer=FirstOfEachPartStays(POLICIES, dict.fromkeys(tasks, 1)))
+    assert passes == [4, 1, 1, 1]
+    assert sorted(found.exits) == [1] * 12 + [4] * 4
 
 
 def test_the_kind_of_certainty_follows_the_task():
@@ -212,10 +244,10 @@ def test_scores_of_one_full_pass_equal_those_of_real_exit_runs(data):
         exits = predict_exits(model, dataset, batch_size=8)
         assert np.isnan(exits.confidence).all() == tasks[name].is_regression
         threshold = spreading_threshold(exits.certainty(POLICIES[name]))
-        found = scores_at(exits, POLICIES[name], threshold, METRICS[tasks[name].metric])
-        infer = ExitInference(POLICIES, {name: threshold}, batch_size=8)
+        found = scores_at(exits, POLICIES[name], threshold)
+        infer = ExitInference(POLICIES, {name: threshold})
         scores, predictions = evaluate(model, {name: dataset}, batch_size=8, infer=infer)
-        assert found.score == pytest.approx(scores.tasks[name][tasks[name].metric], abs=1e-6)
+        assert found.score == pytest.approx(scores.tasks[name][tasks[name].metric.name], abs=1e-6)
         assert found.mean_layers == scores.tasks[name]["mean_layers"]
         counts = np.bincount(predictions[name].exits, minlength=5)[1:]
         np.testing.assert_array_equal(found.shares * ROWS, counts)
@@ -237,27 +269,31 @@ def test_predicting_all_exits_keeps_the_chosen_rows_in_their_order(data):
 def test_a_sweep_has_a_row_per_setting_and_task_and_starts_at_full_depth(data):
     model, tasks = make_exits()
     datasets = data(tasks)
-    exits = {name: predict_exits(model, dataset) for name, dataset in datasets.items()}
-    settings = {"0": dict.fromkeys(tasks, 0.0), "mixed": {"sst": 0.0, "para": 0.0, "sts": FULL_DEPTH}}
-    rows = sweep(model, datasets, exits, POLICIES, settings, batch_size=8)
+    settings = ExitSettings(POLICIES, {"sst": 0.0, "para": 0.0, "sts": UNREACHABLE})
+    rows = sweep(model, datasets, settings, [0.0, 0.5], {"batch_size": 8})
     assert [(row["setting"], row["task"]) for row in rows] == [
-        (setting, task) for setting in ("full depth", "0", "mixed") for task in ("sst", "para", "sts", "all")
+        (setting, task) for setting in ("full depth", "0", "0.5", "auto") for task in ("sst", "para", "sts", "all")
     ]
-    assert [row["mean_layers"] for row in rows] == [4, 4, 4, 4, 1, 1, 1, 1, 1, 1, 4, 2]
+    assert [row["mean_layers"] for row in rows[:8]] == [4, 4, 4, 4, 1, 1, 1, 1]
+    assert [row["mean_layers"] for row in rows[12:]] == [1, 1, 4, 2]
     assert all(row["examples_per_second"] > 0 for row in rows)
-    full, _ = evaluate(model, datasets, infer=full_depth)
+    full, _ = evaluate(model, datasets)
     assert rows[3]["score"] == pytest.approx(full.norm, abs=1e-6)
-    assert rows[11]["exit_1"] == pytest.approx(2 / 3)
-    assert rows[11]["exit_4"] == pytest.approx(1 / 3)
+    assert rows[15]["exit_1"] == pytest.approx(2 / 3)
+    assert rows[15]["exit_4"] == pytest.approx(1 / 3)
+    assert [row["threshold"] for row in rows[8:12]] == [0.5, 0.5, 0.5, ""]
 
 
 # --- thresholds by hand -------------------------------------------------------------------------------------------
 
 
-def hand_made(confidence, values, labels):
-    """AllExits of a classification."""
+TASKS = build_tasks()
+
+
+def hand_made(confidence, values, labels, task=TASKS["para"]):
+    """AllExits of a classification, or of the given task."""
     confidence, values = np.array(confidence, float), np.array(values, float)
-    return AllExits(np.arange(len(labels)), np.array(labels, float), values, confidence, 1 - confidence)
+    return AllExits(task, np.arange(len(labels)), np.array(labels, float), values, confidence, 1 - confidence)
 
 
 def test_scores_at_thresholds_by_hand():
@@ -268,25 +304,27 @@ def test_scores_at_thresholds_by_hand():
         [1, 1, 1, 1],
     )
     assert first_exit(exits.confidence, 0.7).tolist() == [1, 1, 2, 3]
-    accuracy = METRICS["accuracy"]
-    found = scores_at(exits, "confidence", 0.7, accuracy)
+    found = scores_at(exits, "confidence", 0.7)
     assert (found.score, found.mean_layers, found.shares.tolist()) == (0.75, 1.75, [0.5, 0.25, 0.25])
-    found = scores_at(exits, "confidence", 0.85, accuracy)
+    found = scores_at(exits, "confidence", 0.85)
     assert (found.score, found.mean_layers, found.shares.tolist()) == (1.0, 9 / 4, [0.25, 0.25, 0.5])
     # the LTE column is 1 - confidence: row 3 leaves first
-    assert scores_at(exits, "lte", 0.6, accuracy).shares.tolist() == [0.25, 0.0, 0.75]
-    assert layer_scores(exits, accuracy).tolist() == [0.25, 0.75, 1.0]
+    assert scores_at(exits, "lte", 0.6).shares.tolist() == [0.25, 0.0, 0.75]
+    assert layer_scores(exits).tolist() == [0.25, 0.75, 1.0]
+    # a threshold of its own for every row
+    found = scores_at(exits, "confidence", np.array([0.95, 0.7, 0.5, 0.3]))
+    assert (found.score, found.mean_layers, found.shares.tolist()) == (0.25, 1.5, [0.75, 0.0, 0.25])
 
 
 def scores_of(exits, threshold):
     """Accuracy and mean layers at a threshold."""
-    found = scores_at(exits, "confidence", threshold, METRICS["accuracy"])
+    found = scores_at(exits, "confidence", threshold)
     return found.score, found.mean_layers
 
 
-def choose_one(exits, **how):
+def choose_one(exits, allowed_loss=ALLOWED_LOSS):
     """The threshold of one task alone."""
-    return choose_thresholds({"a": exits}, {"a": "confidence"}, {"a": METRICS["accuracy"]}, **how)["a"]
+    return choose_thresholds({"a": exits}, {"a": "confidence"}, allowed_loss)["a"]
 
 
 def test_the_chosen_threshold_is_the_lowest_that_loses_little_enough():
@@ -297,8 +335,8 @@ def test_the_chosen_threshold_is_the_lowest_that_loses_little_enough():
     exits = hand_made(confidence, values, np.ones(10))
     # a row that is wrong costs as much score as its layer saves: at a price of 1 leaving all of them is worth it
     for loss, expected in [(0.0, (1.0, 1.2)), (0.2, (0.8, 1.0))]:
-        assert scores_of(exits, choose_one(exits, loss=loss)) == expected
-    assert choose_one(exits, loss=0.0) == choose_one(exits, loss=0.0)
+        assert scores_of(exits, choose_one(exits, loss)) == expected
+    assert choose_one(exits, 0.0) == choose_one(exits, 0.0)
     # nothing but the last exit is good enough
     useless = hand_made(confidence, np.stack([np.zeros(10), np.ones(10)], axis=1), np.ones(10))
     assert scores_of(useless, choose_one(useless)) == (1.0, 2.0)
@@ -309,33 +347,143 @@ def test_thresholds_are_chosen_together():
     confidence, labels = np.stack([np.full(10, 0.6), np.ones(10)], axis=1), np.ones(10)
     half_right = np.stack([np.arange(10) % 2, np.ones(10)], axis=1)
     exits = {"a": hand_made(confidence, np.ones((10, 2)), labels), "b": hand_made(confidence, half_right, labels)}
-    policies, metrics = dict.fromkeys("ab", "confidence"), dict.fromkeys("ab", METRICS["accuracy"])
-    chosen = choose_thresholds(exits, policies, metrics)
+    policies = dict.fromkeys("ab", "confidence")
+    chosen = choose_thresholds(exits, policies)
     assert scores_of(exits["a"], chosen["a"]) == (1.0, 1.0)
     assert scores_of(exits["b"], chosen["b"]) == (1.0, 2.0)
     # half of b is a quarter of the sum
-    chosen = choose_thresholds(exits, policies, metrics, loss=0.25)
+    chosen = choose_thresholds(exits, policies, 0.25)
     assert scores_of(exits["b"], chosen["b"]) == (0.5, 1.0)
-    assert choose_thresholds({}, {}, {}) == {}
+    assert choose_thresholds({}, {}) == {}
 
 
-def test_halves_are_disjoint_seeded_and_complete():
-    first, second = halves(11, seed=3)
-    assert (len(first), len(second)) == (5, 6)
-    assert sorted([*first, *second]) == list(range(11))
-    assert np.array_equal(first, halves(11, seed=3)[0])
-    assert not np.array_equal(first, halves(11, seed=4)[0])
+def test_a_metric_counts_on_its_normalised_scale():
+    """Leaving at exit 1 costs .1: a tenth of the range 0 to 1, but a thousandth of the range -100 to 1."""
+    confidence, values = [[0.6, 1.0]] * 10, np.ones((10, 2))
+    values[0, 0] = 0
+    for low, layers in ((0.0, 2.0), (-100.0, 1.0)):
+        task = replace(TASKS["para"], metric=Metric("accuracy", ACCURACY.function, low))
+        exits = hand_made(confidence, values, np.ones(10), task)
+        assert scores_of(exits, choose_one(exits))[1] == layers
+
+
+def test_candidates_are_certainties_of_the_exits_that_may_let_a_row_go():
+    exits = hand_made([[0.3, 0.5, 0.0], [0.4, 0.6, 0.9]], np.ones((2, 3)), [1, 1])
+    thresholds, scores, layers = candidates(exits, "confidence")
+    assert (thresholds[0], *thresholds[-2:]) == (0.3, 0.6, UNREACHABLE)
+    assert (np.diff(thresholds) > 0).all() and (scores == 1).all()
+    assert (layers[0], layers[-1]) == (1.0, 3.0) and (np.diff(layers) >= 0).all()
+
+
+# --- cross-fitting ------------------------------------------------------------------------------------------------
+
+
+def random_exits(n=43, seed=0):
+    """Exits of two tasks with random certainties, which the deeper exits' hits follow."""
+    rng, exits = np.random.default_rng(seed), {}
+    for name in ("para", "sst"):
+        confidence, labels = rng.uniform(0.3, 1, (n, 4)), rng.integers(0, 2, n)
+        right = rng.random((n, 4)) < confidence * np.array([0.7, 0.9, 1, 1])
+        exits[name] = hand_made(confidence, np.where(right, labels[:, None], 1 - labels[:, None]), labels, TASKS[name])
+    return exits
+
+
+AUTO = ExitSettings({"para": "confidence", "sst": "confidence"}, {"para": None, "sst": None})
+
+
+@pytest.mark.parametrize("n", [5, 7, 43])
+def test_folds_are_balanced_and_seeded(n):
+    folds = assign_folds(n)
+    sizes = np.bincount(folds, minlength=FOLDS)
+    assert sizes.sum() == n and len(sizes) == FOLDS and sizes.max() - sizes.min() <= 1
+    assert np.array_equal(folds, assign_folds(n))
+    assert n == 5 or not np.array_equal(np.sort(folds), folds)
+    assert not np.array_equal(assign_folds(43, seed=1), assign_folds(43, seed=2))
+
+
+def test_a_fold_has_the_thresholds_that_the_other_folds_choose():
+    exits = random_exits()
+    folds, held_out = assign_folds(43), cross_fit(exits, AUTO)
+    for k in range(FOLDS):
+        others = {name: found.take(np.flatnonzero(folds != k)) for name, found in exits.items()}
+        for name, threshold in choose_thresholds(others, AUTO.policies).items():
+            assert (held_out[name][folds == k] == threshold).all()
+    # several folds choose another threshold than all of dev does
+    assert len(set(held_out["sst"]) | set(held_out["para"])) > 2
+
+
+@pytest.mark.parametrize("fold", range(FOLDS))
+def test_decisions_of_a_fold_do_not_depend_on_its_labels(fold):
+    """Labels and predictions of a fold move the thresholds of the other folds only."""
+    exits, mine = random_exits(), assign_folds(43) == fold
+    changed = {}
+    for name, found in exits.items():
+        labels, values = found.labels.copy(), found.values.copy()
+        labels[mine], values[mine] = 1 - labels[mine], np.random.default_rng(1).integers(0, 2, values[mine].shape)
+        changed[name] = replace(found, labels=labels, values=values)
+    before, after = cross_fit(exits, AUTO), cross_fit(changed, AUTO)
+    for name in exits:
+        assert np.array_equal(before[name][mine], after[name][mine])
+        layers = first_exit(exits[name].confidence, before[name])
+        assert np.array_equal(layers[mine], first_exit(changed[name].confidence, after[name])[mine])
+    assert any(not np.array_equal(before[name], after[name]) for name in exits)
+
+
+def test_useless_certainty_looks_better_where_it_was_chosen():
+    """Exit 1 guesses. On the rows that chose the threshold it costs at most .005 of the score, on other rows more."""
+    losses = {"chosen": [], "held out": []}
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        values = np.stack([rng.random(60) < 0.5, rng.random(60) < 0.6], axis=1)
+        exits = {"sst": hand_made(rng.random((60, 2)), values, np.ones(60))}
+        settings = ExitSettings({"sst": "confidence"}, {"sst": None})
+        full = layer_scores(exits["sst"])[-1]
+        for kind, thresholds in (("chosen", settings.complete(exits)), ("held out", cross_fit(exits, settings))):
+            losses[kind].append(full - scores_at(exits["sst"], "confidence", thresholds["sst"]).score)
+    assert np.mean(losses["chosen"]) <= 0.005 < 0.02 < np.mean(losses["held out"])
+
+
+def test_given_thresholds_are_used_as_they_are():
+    exits = random_exits()
+    settings = ExitSettings(AUTO.policies, {"para": 0.8, "sst": None})
+    assert settings.complete(exits)["para"] == 0.8
+    assert set(cross_fit(exits, settings)["para"]) == {0.8}
+    # the task that is left chooses alone
+    alone = {"sst": exits["sst"]}
+    assert settings.complete(exits)["sst"] == choose_thresholds(alone, AUTO.policies)["sst"]
+
+
+def test_the_record_of_exits_by_hand():
+    """Row 0 leaves after layer 1 and is wrong there; rows 1 to 9 are right after layer 2."""
+    confidence, values = np.full((10, 2), 0.5), np.ones((10, 2))
+    confidence[0], values[:, 0] = 0.9, 0
+    exits = {"para": hand_made(confidence, values, np.ones(10)), "sst": random_exits()["sst"]}
+    settings = ExitSettings(AUTO.policies, {"para": 0.7, "sst": UNREACHABLE})
+    record = score_exits(TASKS, exits, settings)
+    full = float(layer_scores(exits["sst"])[-1])
+    assert record["policies"] == AUTO.policies and record["thresholds"] == settings.thresholds
+    assert record["cross_fitted"] == {
+        "full": {"para": 1.0, "sst": full},
+        "exit": {"para": 0.9, "sst": full},
+        "mean_layers": {"para": 1.9, "sst": 4.0},
+    }
+    assert record["cross_fitted_norm"] == pytest.approx({"full": (1 + full) / 2, "exit": (0.9 + full) / 2})
+    assert record["cross_fitted_norm"]["exit"] == mean_norm(TASKS, record["cross_fitted"]["exit"])
+    assert record["cross_fitted_layers"] == pytest.approx(2.95)
+    assert record["shares"] == {"para": [0.1, 0.9], "sst": [0, 0, 0, 1]}
+    assert record["layer_scores"]["para"] == [0.0, 1.0]
 
 
 # --- training -----------------------------------------------------------------------------------------------------
 
 
 def test_exit_weights_by_hand():
-    assert exit_weights("joint", 3) == ({1: 1.0, 2: 1.0, 3: 1.0},)
-    assert exit_weights("weighted", 3) == ({1: 0.5, 2: 1.0, 3: 1.5},)
-    assert exit_weights("alternating", 3) == ({3: 1.0}, {1: 1.0, 2: 1.0, 3: 1.0})
+    assert EXIT_WEIGHTS["joint"](3) == ({1: 1.0, 2: 1.0, 3: 1.0},)
+    assert EXIT_WEIGHTS["weighted"](3) == ({1: 0.5, 2: 1.0, 3: 1.5},)
+    assert EXIT_WEIGHTS["alternating"](3) == ({3: 1.0}, {1: 1.0, 2: 1.0, 3: 1.0})
+    assert EXIT_WEIGHTS["distilled"](3) == EXIT_WEIGHTS["joint"](3)
     for depth in (2, 6, 12):
-        assert sum(exit_weights("weighted", depth)[0].values()) == pytest.approx(depth)
+        assert sum(EXIT_WEIGHTS["weighted"](depth)[0].values()) == pytest.approx(depth)
 
 
 def test_lte_certainty_by_hand():
@@ -361,7 +509,7 @@ def test_lte_targets_by_hand():
     values, labels = torch.tensor([[4.0], [1.0], [7.0]]), torch.tensor([4.0, 3.5, 0.5])
     target = certainty_target(tasks["sts"], values, labels, 0.5)
     torch.testing.assert_close(target, torch.tensor([1.0, 1 - math.tanh(1.0), 1 - math.tanh(1.8)]))
-    cosine = build_tasks(("sts",), {"sts": "siamese"}, sts_loss="cosine")["sts"]
+    cosine = build_tasks(("sts",), {"sts": "siamese"}, losses={"sts": "cosine"})["sts"]
     target = certainty_target(cosine, torch.tensor([[0.5]]), torch.tensor([3.0]), 0.5)
     torch.testing.assert_close(target, torch.tensor([1 - math.tanh(0.2)]))
 
@@ -393,13 +541,113 @@ def test_the_lte_loss_teaches_the_backbone_but_not_the_heads():
     assert model.lte["para"].linear.weight.grad is None
 
 
-def test_a_frozen_lte_has_no_loss():
-    """Sequential Layer Focus trains it in stage 2 only."""
+# --- self-distillation --------------------------------------------------------------------------------------------
+
+
+def hand_outputs(logits):
+    """The part of a forward pass that DistillLoss reads: {exit: logits}, leaves that collect gradients."""
+    return SimpleNamespace(logits={i: torch.tensor(x, requires_grad=True) for i, x in logits.items()})
+
+
+def test_the_distillation_loss_by_hand():
+    """Bernoulli with p = 1/4, 3/4, 1/2: (p - q)(logit p - logit q) is ln 3 / 4 for exits 1 and 2, with weights 2, 1."""
+    model, batch = SimpleNamespace(depth=3), make_batch(TASKS["para"], b=1)
+    outputs = hand_outputs({1: [[-math.log(3)]], 2: [[math.log(3)]], 3: [[0.0]]})
+    loss = DistillLoss()(model, batch, outputs, {1: 2.0, 2: 1.0, 3: 5.0})
+    assert loss.shape == (1,) and loss.item() == pytest.approx(3 * math.log(3) / 4)
+    loss.sum().backward()
+    assert outputs.logits[3].grad is None
+    # d/dz of (s(z) - 1/2) z = s (1 - s) z + s - 1/2, at z = -ln 3 and ln 3
+    assert outputs.logits[1].grad.item() == pytest.approx(2 * (-3 / 16 * math.log(3) - 1 / 4))
+    assert outputs.logits[2].grad.item() == pytest.approx(3 / 16 * math.log(3) + 1 / 4)
+    # a regression: squared differences
+    outputs = hand_outputs({1: [[1.0], [4.0]], 2: [[3.0], [3.5]]})
+    model, batch = SimpleNamespace(depth=2), make_batch(TASKS["sts"], b=2)
+    assert DistillLoss()(model, batch, outputs, {1: 0.5, 2: 1.0}).tolist() == [2.0, 0.125]
+
+
+@pytest.mark.parametrize("name", ["sst", "para", "sts"])
+def test_the_distillation_loss_of_a_model_is_the_weighted_divergence_to_the_last_exit(name):
+    model, tasks = make_exits()
+    batch, weights = make_batch(tasks[name]), {1: 0.5, 3: 2.0, 4: 1.0}
+    outputs = model(batch, exits=tuple(weights))
+    divergence = tasks[name].objective.divergence
+    expected = 0.5 * divergence(outputs.logits[1], outputs.logits[4]) + 2 * divergence(
+        outputs.logits[3], outputs.logits[4]
+    )
+    loss = DistillLoss()(model, batch, outputs, weights)
+    torch.testing.assert_close(loss, expected.detach())
+    assert (loss > 0).all()
+    loss.sum().backward()
+    # the teacher learns nothing: not its head, nor the layer that only the last exit sees
+    assert all(parameter.grad is None for parameter in model.heads.parameters())
+    assert all(parameter.grad is None for parameter in model.bert.bert_layers[3].parameters())
+    assert model.exits[0].heads[name].weight.grad.abs().sum() > 0
+
+
+def test_the_distillation_loss_is_zero_without_a_teacher_or_a_difference():
     model, tasks = make_exits()
     batch = make_batch(tasks["sst"])
-    outputs = model(batch, exits=(1,))
-    assert (LTELoss()(model, batch, outputs, {1: 1.0}) > 0).all()
-    model.lte.requires_grad_(False)
-    frozen = LTELoss()(model, batch, outputs, {1: 1.0})
-    assert frozen.tolist() == [0.0] * len(batch)
-    assert not frozen.requires_grad
+    for weights in ({2: 1.0}, {model.depth: 1.0}):
+        assert DistillLoss()(model, batch, model(batch, exits=tuple(weights)), weights).tolist() == [0.0] * len(batch)
+    outputs = model(batch, exits=(1, 4))
+    outputs.logits[1] = outputs.logits[4]
+    assert DistillLoss()(model, batch, outputs, {1: 1.0, 4: 1.0}).tolist() == [0.0] * len(batch)
+
+
+# --- the record ---------------------------------------------------------------------------------------------------
+
+
+def parse(*arguments):
+    """The flags of early exit, with the option of the run, and the set of typed ones."""
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    EXITS.add_flags(parser.add_argument_group(EXITS.title))
+    given = {argument[2:] for argument in arguments if argument.startswith("--")}
+    return vars(parser.parse_args(arguments)) | {"option": "finetune"}, given
+
+
+def refused(flags, given):
+    """The sentences of the conflicts that apply."""
+    return [sentence for applies, sentence in EXITS.conflicts(flags, given) if applies]
+
+
+def test_flags_decide_what_early_exit_needs_and_adds_to_the_loss():
+    for arguments, needs, terms in [
+        ((), set(), []),
+        (("--early_exit",), {"exits"}, ["lte"]),
+        (("--exit_loss", "weighted"), {"exits"}, []),
+        (("--exit_loss", "two_stage"), {"exits"}, []),
+        (("--exit_loss", "distilled"), {"exits"}, ["distill"]),
+        (("--early_exit", "--exit_loss", "distilled"), {"exits"}, ["lte", "distill"]),
+    ]:
+        flags, given = parse(*arguments)
+        assert refused(flags, given) == []
+        assert EXITS.needs(flags) == needs
+        built = EXITS.terms(flags, None, None)
+        assert list(built) == terms and all(isinstance(term, LossTerm) for term in built.values())
+
+
+def test_flags_that_need_early_exit_are_refused_without_it():
+    for arguments in (("--exit_policy", "lte"), ("--exit_threshold", ".5")):
+        flags, given = parse(*arguments)
+        assert refused(flags, given) == [f"{arguments[0]} belongs to --early_exit"]
+        assert refused(flags | {"option": "evaluate"}, given) == []
+        assert refused(*parse("--early_exit", *arguments)) == []
+    flags, given = parse("--early_exit", "--exit_threshold", ".5,.9")
+    assert refused(flags, given) == ["--exit_threshold with a list sweeps a saved run: use it with --option evaluate"]
+    assert refused(flags | {"option": "evaluate"}, given) == []
+
+
+def test_thresholds_and_lists_of_them_are_read():
+    assert exit_threshold("auto") is None and exit_threshold(".75") == 0.75
+    assert sweep_levels([".5,.9,1"]) == [0.5, 0.9, 1.0]
+    assert sweep_levels(["auto"]) == sweep_levels(["sst=.5", "para=.6"]) == []
+    for text in (".5,high", ".5,-1"):
+        with pytest.raises(InputError, match=f"--exit_threshold {text}"):
+            sweep_levels([text])
+
+
+def test_a_file_outside_can_add_a_way_to_weigh_exits(monkeypatch):
+    monkeypatch.setitem(EXIT_WEIGHTS, "ends", lambda depth: ({1: 1.0, depth: 1.0},))
+    flags, _ = parse("--exit_loss", "ends")
+    assert EXIT_WEIGHTS[flags["exit_loss"]](5) == ({1: 1.0, 5: 1.0},) and EXITS.needs(flags) == {"exits"}

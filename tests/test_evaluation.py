@@ -1,7 +1,7 @@
-"""Metrics against scikit-learn and scipy, scores against published rows, prediction files byte for byte."""
+"""Metrics by hand and against scipy, scores against published rows, prediction files byte for byte."""
 
 import csv
-import tracemalloc
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,14 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from datasets import read_dataset
 from errors import InputError
 from evaluation import (
+    AtExit,
     Predictions,
-    accuracy,
-    confusion_matrix,
     evaluate,
     fit_threshold,
-    macro_f1,
-    paired_bootstrap,
-    pearson,
     predict,
     score,
     spearman,
@@ -31,7 +27,7 @@ from evaluation import (
     write_predictions,
 )
 from files import write_whole
-from tasks import build_tasks
+from tasks import MATTHEWS, Metric, accuracy, build_tasks, pearson
 from tokenizer import BertTokenizer
 
 TASKS = build_tasks(("sst", "cfimdb", "para", "sts"))
@@ -88,9 +84,9 @@ def random_rows(columns, labels, seed=0):
     return [(*text, label) for text, label in zip(texts, labels, strict=True)]
 
 
-def predictions_of(name, values, labels, exits=None):
-    """Predictions with the given values, without files or a model."""
-    task, values = TASKS[name], np.asarray(values, np.float32)
+def predictions_of(name, values, labels, exits=None, **fields):
+    """Predictions with the given values, without files or a model; `fields` replace fields of the task's row."""
+    task, values = replace(TASKS[name], **fields), np.asarray(values, np.float32)
     data = SimpleNamespace(task=task, labels=np.asarray(labels, np.float64))
     probabilities = None if task.is_regression else np.eye(len(task.label_names))[values.astype(int)]
     exits = np.full(len(values), 6) if exits is None else np.asarray(exits)
@@ -100,26 +96,31 @@ def predictions_of(name, values, labels, exits=None):
 # --- metrics ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("classes", [2, 5])
-def test_classification_metrics_equal_scikit_learn(classes):
+@pytest.mark.parametrize("name", ["para", "sst"])
+def test_classification_metrics_equal_scikit_learn(name):
+    classes = len(TASKS[name].label_names)
     labels, values = rng(0).integers(0, classes, 300), rng(1).integers(0, classes, 300)
     labels[:150] = values[:150]
-    confusion = confusion_matrix(values, labels, classes)
-    assert accuracy(values, labels) == pytest.approx(sklearn.metrics.accuracy_score(labels, values), rel=1e-12)
-    assert np.array_equal(confusion, sklearn.metrics.confusion_matrix(labels, values))
-    assert macro_f1(confusion) == pytest.approx(sklearn.metrics.f1_score(labels, values, average="macro"), rel=1e-12)
+    metrics, _ = score(predictions_of(name, values, labels))
+    assert metrics["accuracy"] == accuracy(values, labels) == pytest.approx((values == labels).mean(), rel=1e-12)
+    assert metrics["confusion"] == sklearn.metrics.confusion_matrix(labels, values).tolist()
+    assert metrics["macro_f1"] == pytest.approx(sklearn.metrics.f1_score(labels, values, average="macro"), rel=1e-12)
 
 
-def test_macro_f1_of_classes_that_do_not_occur_equals_scikit_learn():
-    labels, values = np.array([0, 0, 1, 1, 3]), np.array([0, 0, 0, 2, 3])
-    expected = sklearn.metrics.f1_score(labels, values, average="macro", zero_division=0)
-    assert macro_f1(confusion_matrix(values, labels, 5)) == pytest.approx(expected, rel=1e-12)
+@pytest.mark.filterwarnings("error")
+def test_macro_f1_leaves_out_classes_that_do_not_occur():
+    """F1 = 2 hits / (labels + predictions): 4/4, 2/3, 0/1 (predicted, but wrong), 2/2; class 4 does not occur."""
+    metrics, _ = score(predictions_of("sst", [0, 0, 1, 2, 3], [0, 0, 1, 1, 3]))
+    assert metrics["macro_f1"] == pytest.approx((1 + 2 / 3 + 0 + 1) / 4, rel=1e-12)
+    assert np.shape(metrics["confusion"]) == (5, 5)
 
 
 def test_confusion_has_gold_rows_and_predicted_columns():
     """Gold 0 predicted as 1 twice, gold 2 predicted as 0 once."""
-    found = confusion_matrix(np.array([1.0, 1.0, 0.0]), np.array([0.0, 0.0, 2.0]), 3)
-    assert found.tolist() == [[0, 2, 0], [0, 0, 0], [1, 0, 0]]
+    metrics, _ = score(predictions_of("sst", [1, 1, 0], [0, 0, 2]))
+    expected = np.zeros((5, 5), int)
+    expected[0, 1], expected[2, 0] = 2, 1
+    assert metrics["confusion"] == expected.tolist()
 
 
 @pytest.mark.parametrize("scale, shift", [(1.0, 0.0), (1e-7, 0.0), (1e-3, 1e3), (-2.0, 5.0)])
@@ -212,6 +213,23 @@ def test_a_collapsed_classifier_scores_like_the_majority_and_is_warned_of():
     assert len(score(predictions_of("para", some, labels))[1]) == 1
 
 
+def test_the_main_metric_is_stored_under_its_own_name():
+    """A classification scored by Matthews' correlation, and regressions scored by Spearman's or by an error."""
+    labels, values = [1, 0, 1, 1, 0, 0], [1, 0, 1, 0, 0, 1]
+    metrics, _ = score(predictions_of("para", values, labels, metric=MATTHEWS))
+    # 2 hits each way, 1 miss each way: (2 * 2 - 1 * 1) / 3^2
+    assert metrics["matthews"] == pytest.approx(1 / 3)
+    assert metrics["accuracy"] == pytest.approx(4 / 6)
+    labels, values = [1.0, 2.0, 3.0, 5.0], [1.0, 3.0, 2.0, 4.0]
+    metrics, _ = score(predictions_of("sts", values, labels, metric=Metric("spearman", spearman, low=-1.0)))
+    assert metrics["spearman"] == pytest.approx(0.8)
+    distance = Metric("negative error", lambda values, labels: -float(np.abs(values - labels).mean()), -5.0, 0.0)
+    metrics, _ = score(predictions_of("sts", values, labels, metric=distance))
+    assert metrics["negative error"] == -0.75 and metrics["pearson"] > 0.8
+    found = summarise({"a": replace(TASKS["sts"], metric=distance)}, {"a": metrics}, [])
+    assert (found.raw, found.norm) == (-0.75, pytest.approx(4.25 / 5))
+
+
 @pytest.mark.parametrize(
     "sst, para, sts, raw, norm",
     [
@@ -282,13 +300,28 @@ def test_an_inference_policy_replaces_full_depth(make_data):
     """Rows leave after as many layers as they have tokens: outputs and exits return to their rows."""
     data = make_data("sst", random_rows("x", rng(1).integers(0, 5, 15)))
 
-    def policy(model, batch):
-        lengths = batch.segments[0][1].sum(1)
-        return lengths.unsqueeze(-1).expand(-1, 5), lengths
+    class LeaveByLength:
+        batches_at_once, seen = 3, []
 
-    found = predict(FakeModel(5), data, batch_size=4, infer=policy)
+        def __call__(self, model, batch, batch_size):
+            self.seen.append((len(batch), batch_size))
+            lengths = batch.segments[0][1].sum(1)
+            return lengths.unsqueeze(-1).expand(-1, 5), lengths
+
+    found = predict(FakeModel(5), data, batch_size=4, infer=LeaveByLength())
+    assert LeaveByLength.seen == [(12, 4), (3, 4)]
     assert found.exits.tolist() == data.lengths().tolist()
     assert found.outputs[:, 0].tolist() == data.lengths().tolist()
+
+
+def test_a_fixed_exit_runs_the_layers_below_it_only(make_data):
+    data, model = make_data("sst", random_rows("x", rng(1).integers(0, 5, 6))), make_model(TASKS, exits=True)
+    found = predict(model, data, infer=AtExit(2))
+    batch = data.batch(found.rows)
+    expected = model.eval()(batch, exits=(2,)).logits[2].detach()
+    np.testing.assert_allclose(found.outputs, expected.numpy(), rtol=1e-5, atol=1e-6)
+    assert found.exits.tolist() == [2] * 6
+    assert predict(model, data).exits.tolist() == [model.depth] * 6
 
 
 class CountCasts(TorchDispatchMode):
@@ -332,7 +365,7 @@ def test_evaluation_scores_usable_rows_only(make_data):
     }
     model = FakeModel(5)
     plain = model.forward
-    model.forward = lambda batch, exits=None: first_outputs(plain(batch), batch.task.outputs)
+    model.forward = lambda batch, exits=None: first_outputs(plain(batch), {"sst": 5, "sts": 1}[batch.task.name])
     scores, predictions = evaluate(model, datasets, batch_size=16)
     assert predictions["sst"].rows.tolist() == [i for i in range(120) if i != 5]
     hits = predictions["sst"].values == datasets["sst"].labels[predictions["sst"].rows]
@@ -386,71 +419,15 @@ def test_no_threshold_is_better_than_the_fitted_one(seed):
 
 def test_a_fitted_threshold_decodes_as_it_was_fitted():
     """All cosines above .9: at cos > 0 each is a paraphrase, the fitted threshold is as good as any."""
-    task = build_tasks(("para",), {"para": "siamese"}, para_loss="cosine")["para"]
+    task = build_tasks(("para",), {"para": "siamese"}, losses={"para": "cosine"})["para"]
     labels = (rng(0).random(500) < 0.4).astype(float)
     cosines = np.clip(0.95 + 0.02 * labels + rng(1).normal(0, 0.005, 500), -1, 1)
     logits = torch.from_numpy(cosines.astype(np.float32)).unsqueeze(-1)
-    plain, probabilities = task.decode(logits, 0.5)
+    plain, probabilities = task.objective.decode(logits, 0.5)
     assert plain.min() == 1
-    fitted = task.decode(logits, fit_threshold(probabilities[:, 1].numpy(), labels))[0].numpy()
+    fitted = task.objective.decode(logits, fit_threshold(probabilities[:, 1].numpy(), labels))[0].numpy()
     assert accuracy(fitted, labels) > 0.95
     assert accuracy(fitted, labels) == pytest.approx(max(accuracy(cosines > t, labels) for t in np.sort(cosines)))
-
-
-# --- paired bootstrap ---------------------------------------------------------------------------------------
-
-
-def test_bootstrap_of_identical_predictions_is_exactly_zero():
-    values, labels = rng(0).integers(0, 2, 100), rng(1).integers(0, 2, 100)
-    difference, interval, not_better = paired_bootstrap([(values, values.copy(), labels, accuracy)], samples=200)
-    assert (difference, interval, not_better) == (0.0, (0.0, 0.0), 1.0)
-
-
-def test_bootstrap_of_a_clearly_better_model_and_of_the_reverse():
-    """.9 against .5 of 400 rows, each pair of errors independent: the standard error is about .03."""
-    labels = np.zeros(400)
-    good, bad = (rng(0).random(400) < 0.1).astype(float), (rng(1).random(400) < 0.5).astype(float)
-    difference, (low, high), not_better = paired_bootstrap([(good, bad, labels, accuracy)], samples=1000)
-    assert difference == pytest.approx(accuracy(good, labels) - accuracy(bad, labels))
-    assert 0.2 < low < difference < high < 0.6
-    assert not_better == 0.0
-    # the rows of both are drawn together: the interval is that of the paired differences
-    error = ((good == labels).astype(float) - (bad == labels)).std() / 20
-    assert high - low == pytest.approx(2 * 1.96 * error, rel=0.1)
-    reverse, _, not_better = paired_bootstrap([(bad, good, labels, accuracy)], samples=1000)
-    assert (reverse, not_better) == (-difference, 1.0)
-
-
-def test_bootstrap_is_seeded_and_takes_any_metric():
-    labels = rng(0).uniform(0, 5, 60)
-    first, second = labels + rng(1).normal(size=60), labels + rng(2).normal(0, 3, 60)
-    found = paired_bootstrap([(first, second, labels, pearson)], samples=100, seed=4)
-    assert found == paired_bootstrap([(first, second, labels, pearson)], samples=100, seed=4)
-    assert found[1] != paired_bootstrap([(first, second, labels, pearson)], samples=100, seed=5)[1]
-    assert found[1][0] > 0
-
-
-def test_bootstrap_of_several_tasks_is_that_of_the_mean():
-    """The rows of each task are drawn on their own: the variances of the two halves add up."""
-    labels = np.zeros(400)
-    good, bad = (rng(0).random(400) < 0.1).astype(float), (rng(1).random(400) < 0.5).astype(float)
-    part = (good, bad, labels, accuracy)
-    one, (low, high), _ = paired_bootstrap([part], samples=1000)
-    both, (lower, higher), not_better = paired_bootstrap([part, part], samples=1000)
-    assert both == pytest.approx(one) and not_better == 0.0
-    assert higher - lower == pytest.approx((high - low) / np.sqrt(2), rel=0.1)
-    mixed, _, _ = paired_bootstrap([part, (bad, good, labels, accuracy)], samples=10)
-    assert mixed == pytest.approx(0)
-
-
-def test_bootstrap_needs_no_memory_for_all_draws_at_once():
-    """40,000 rows times 10,000 resamples would be 3.2 GB of row numbers."""
-    labels = np.zeros(40_000)
-    tracemalloc.start()
-    paired_bootstrap([(labels, labels, labels, accuracy)], samples=20)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 20 * labels.nbytes / 4
 
 
 # --- prediction files ---------------------------------------------------------------------------------------
