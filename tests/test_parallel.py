@@ -334,7 +334,7 @@ def test_a_share_of_a_batch_is_padded_like_the_whole(program, encoding, max_leng
         np.array([7, 2, 11, 5, 3]),
     )
     whole = data.batch(rows)
-    longest = [max(len(segment[0]) for segment in column) for column in zip(*map(data.sequences, rows), strict=True)]
+    longest = [max(len(segment[0]) for segment in column) for column in zip(*map(data.pack, rows), strict=True)]
     assert [ids.shape for ids, _, _ in whole.segments] == [(5, length) for length in longest]
     for positions in (slice(0, 5, 2), slice(1, 5, 2), slice(0, 1)):
         part = data.batch(rows, positions)
