@@ -2,11 +2,15 @@
 
 import ast
 import re
+from contextlib import chdir, redirect_stdout
+from io import StringIO
 
 import pytest
+import torch
 from test_structure import README, ROOT, check_command, commands
 
-PAGES = ("DISTRIBUTED.md", "results/notes.md", "results/papers.md", "results/speed.md")
+PAGES = ("DISTRIBUTED.md", *(f"results/{path.name}" for path in sorted((ROOT / "results").glob("*.md"))))
+PAGES_WITH_LINKS = [page for page in PAGES if "](" in (ROOT / page).read_text()]
 
 
 def test_readme_is_short():
@@ -27,7 +31,7 @@ def test_names_in_the_paper_to_code_table_exist():
         assert set(names.split(", ")) <= defined, file
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", [*PAGES_WITH_LINKS, "METHODS.md"])
 def test_links_of_a_page_lead_to_files(page):
     links = re.findall(r"\]\(([^)#]+)\)", (ROOT / page).read_text())
     missing = [link for link in links if "://" not in link and not (ROOT / page).parent.joinpath(link).exists()]
@@ -38,3 +42,19 @@ def test_links_of_a_page_lead_to_files(page):
 def test_commands_of_a_page_parse(page):
     for words in commands((ROOT / page).read_text()):
         check_command(words)
+
+
+@pytest.mark.skipif(not (ROOT / "weights" / "all-MiniLM-L6-v2").is_dir(), reason="needs the default weights")
+def test_the_worked_example_prints_what_the_page_shows():
+    page = (ROOT / "METHODS.md").read_text().split("## One sentence through BERT")[1]
+    code, printed = (
+        re.search(r"```python\n(.*?)```", page, re.DOTALL)[1],
+        re.search(r"```text\n(.*?)```", page, re.DOTALL)[1],
+    )
+    output = StringIO()
+    try:
+        with chdir(ROOT), redirect_stdout(output):
+            exec(compile(code, "METHODS.md", "exec"), {})
+    finally:
+        torch.set_grad_enabled(True)  # the example switches gradients off
+    assert output.getvalue() == printed

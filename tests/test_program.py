@@ -885,7 +885,8 @@ def test_weights_with_one_kind_of_segment_take_no_packed_pairs(fresh):
 
 
 def test_a_run_is_named_by_what_differs_from_the_defaults(program):
-    flags, _, defaults = parse_flags("--weights minilm --data_dir ../course --eval_batch_size 3 --slf".split())
+    command = ["--weights", "minilm", "--data_dir", "../course", "--eval_batch_size", "3", "--slf"]
+    flags, _, defaults = parse_flags(command)
     assert runs.name_run(flags, defaults) == Path("runs/finetune-data_dir_course-weights_minilm-slf")
     assert runs.name_run(defaults, defaults) == Path("runs/finetune")
 
