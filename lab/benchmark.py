@@ -39,7 +39,6 @@ from bert import BertModel
 from datasets import SPLITS, find_data_dir, read_dataset
 from errors import InputError, run_script
 from evaluation import score, summarise
-from flags import positive_int
 from lab import timing
 from lab.ours import (
     FIRST_STEP,
@@ -81,6 +80,7 @@ from lab.workloads import (
     write_course_file,
     write_subset,
 )
+from methods import positive_int
 from optimizer import AdamW, parameter_groups
 from runs import RunFolder, describe_environment
 from tasks import build_tasks

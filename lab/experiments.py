@@ -25,14 +25,12 @@ from lab import peer  # isort: skip
 import numpy as np
 
 from errors import InputError, run_script
-from evaluation import METRICS, normalise
 from files import write_whole
-from flags import parse_flags
+from flags import parse_flags, recorded_flags
 from lab.bootstrap import paired_bootstrap
 from lab.tables import comparison_table, replace_between, score_table
-from multitask_classifier import recorded_flags
-from runs import FREE_FLAGS
-from tasks import build_tasks
+from runs import FORMAT, FREE_FLAGS
+from tasks import TASKS, build_tasks
 
 HERE = Path(__file__).parents[1]
 RESULTS = HERE / "results"
@@ -216,10 +214,24 @@ def run_row(group, name, data_dir, runs):
 # --- reading runs -------------------------------------------------------------------------------------------------
 
 
+def trained_flags(config):
+    """The flags that a run was trained with, in today's spelling, a newer flag with its default.
+
+    In format 1 --bregman and --lnsr took the weight, with 0 for off, and --bregman_tasks the tasks.
+    """
+    flags, recorded = recorded_flags(config), config["flags"]
+    if config.get("format") == FORMAT:
+        return flags
+    for term in ("bregman", "lnsr"):
+        if recorded.get(term):
+            flags |= {term: recorded.get(f"{term}_tasks") or [], f"{term}_weight": recorded[term]}
+    return flags
+
+
 def same_flags(group, name, config):
     """Whether a run was trained with the flags that its row has now."""
     wanted, is_peer = flags_of(group, name)
-    trained = config["flags"] if is_peer else recorded_flags(config)
+    trained = config["flags"] if is_peer else trained_flags(config)
     if not is_peer:
         # a row may leave this to the weights; the run records the resulting number
         wanted["max_length"] = wanted["max_length"] or trained["max_length"]
@@ -228,7 +240,7 @@ def same_flags(group, name, config):
 
 def main_metrics(tasks):
     """{task: its main metric} from {task: {metric: number}} of a summary."""
-    return {task: metrics.get("pearson", metrics.get("accuracy")) for task, metrics in tasks.items()}
+    return {task: metrics[TASKS[task].metric.name] for task, metrics in tasks.items()}
 
 
 def read_row(group, name, folder):
@@ -289,7 +301,7 @@ def compare_runs(ours, others):
         values = np.array([[of_run[key] for of_run in predictions] for key in labels])  # [rows, runs]
 
         def mean_norm(values, gold, task=task):
-            return np.mean([normalise(task, METRICS[task.metric](of_run, gold)) for of_run in values.T])
+            return np.mean([task.metric.normalise(task.metric.function(of_run, gold)) for of_run in values.T])
 
         first, second = np.split(values, [len(ours)], axis=1)
         parts.append((first, second, np.array(list(labels.values())), mean_norm))

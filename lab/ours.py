@@ -14,17 +14,19 @@ import multitask_classifier  # isort: skip
 import torch
 
 from bert import BertModel
+from building import build, build_table, choose_device, compile_layers, keep_freed_memory
 from datasets import Dataset
 from early_exit import ExitInference, choose_policies
 from errors import InputError
-from evaluation import evaluate, full_depth, predict
+from evaluation import AtExit, evaluate, predict
 from flags import parse_flags
 from gradients import Sum
 from lab.peer import CLIP, EVAL_BATCH, WARMUP, WEIGHT_DECAY
 from lab.timing import Stopwatch, synchronize, timed
 from lab.workloads import HEAD_DROPOUT, LEARNING_RATE, SEED, TRAIN_BATCH, read_train_and_dev
+from multitask_classifier import TaskLoss, load_run, make_model, set_trainable, train
 from optimizer import AdamW, clip_gradients
-from runs import RunFolder
+from runs import Progress, Recorder, RunFolder, snapshot
 from slf import Phase
 from tokenizer import BertTokenizer
 
@@ -57,8 +59,8 @@ def prepare_process(use_gpu):
 
     The peers run in the same process, so they keep freed memory too. Only the part memory starts fresh processes.
     """
-    multitask_classifier.keep_freed_memory()
-    return multitask_classifier.choose_device(use_gpu)
+    keep_freed_memory()
+    return choose_device(use_gpu)
 
 
 def flag_words(precision, more=""):
@@ -72,28 +74,33 @@ def flag_words(precision, more=""):
 def our_model(setup, flags):
     """Our multitask model on the device."""
     bert = BertModel.from_pretrained(setup.weights, attention=flags["attention"])
-    return multitask_classifier.build_model(flags, multitask_classifier.task_table(flags), bert).to(setup.device)
+    return make_model(flags, build_table(flags), bert).to(setup.device)
 
 
-def our_parts(setup, precision, more=""):
-    """The parts of our training loop, without data."""
+def fill_parts(setup, flags, model, data):
+    """The parts of our training loop with {task: {split: Dataset}}."""
+    return build(flags, model, data, setup.device, {"loss": TaskLoss()})
+
+
+def our_parts(setup, precision, more="", data=None):
+    """The parts of our training loop with a new model, by default without data."""
     flags = parse_flags(flag_words(precision, more))[0]
-    return multitask_classifier.build(flags, our_model(setup, flags), {}, setup.device)
+    return fill_parts(setup, flags, our_model(setup, flags), data or {})
 
 
 def our_step(parts, batches, repeats, phase=None):
     """Make a variant that takes our training step on the same batches, in the four phases of the loop's train_step."""
-    model, terms = parts.model, parts.terms.values()
+    model, device = parts.model, parts.precision.device
     phase = phase or Phase("full", 1.0, ({model.depth: 1.0},))
-    weights = phase.exit_weights[0]
+    terms, weights = [term for name, term in parts.terms.items() if name not in phase.without], phase.exit_weights[0]
 
     def prepare():
-        multitask_classifier.set_trainable(model.train(), phase, parts.may_train)
+        set_trainable(model.train(), phase, parts.trainable)
 
     def forward(_):
         losses = {}
         for batch in batches:
-            with parts.precision():
+            with parts.precision.autocast():
                 outputs = model(batch, exits=tuple(weights))
             losses[batch.task.name] = sum(term(model, batch, outputs, weights) for term in terms).mean()
         return losses
@@ -107,11 +114,11 @@ def our_step(parts, batches, repeats, phase=None):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    parameters = multitask_classifier.set_trainable(model, phase, parts.may_train)
+    parameters = set_trainable(model, phase, parts.trainable)
     optimizer = parts.make_optimizer(parameters)
     clip = partial(clip_gradients, list(parameters.values()), CLIP)
     phases = {"forward": forward, "backward": backward, "clip": lambda _: clip(), "optimizer": update}
-    return timed(parts.device, phases, repeats, prepare)
+    return timed(device, phases, repeats, prepare)
 
 
 def stage_one_phases(parts):
@@ -127,12 +134,14 @@ def our_epoch(setup, folder, precision, more=""):
     model = our_model(setup, flags)
     with tempfile.TemporaryDirectory() as run, redirect_stdout(None):
         watch = Stopwatch(setup.device)
-        parts = multitask_classifier.build(flags, model, read_train_and_dev(setup, folder), setup.device)
+        parts = fill_parts(setup, flags, model, read_train_and_dev(setup, folder))
         watch.mark("read")
         started = time.perf_counter()
-        progress, _ = multitask_classifier.train(parts, RunFolder(run))
+        with Recorder(RunFolder(run), parts) as recorder:
+            train(parts, recorder)
         synchronize(setup.device)
         total = time.perf_counter() - started
+    progress = recorder.progress
     phases = {**watch.phases(), "train": progress.train_seconds, "evaluate": progress.eval_seconds}
     phases["save"] = max(0.0, total - progress.train_seconds - progress.eval_seconds)
     return phases, progress.last_scores["norm"]
@@ -146,12 +155,12 @@ def our_evaluate(setup, model, data, precision):
 def our_predict(setup, model, data, rows, infer, precision):
     """Predict rows of a Dataset with `infer`; None means full depth."""
     autocast = partial(setup.precision, precision)
-    return predict(model, data, rows, infer=infer or full_depth, batch_size=EVAL_BATCH, precision=autocast)
+    return predict(model, data, rows, infer=infer or AtExit(), batch_size=EVAL_BATCH, precision=autocast)
 
 
 def compile_model(parts, backend):
     """Let torch.compile translate the layers, as --compile does. Raises: InputError where it cannot."""
-    multitask_classifier.compile_layers(parts.model.bert, parts.device, backend)
+    compile_layers(parts.model.bert, parts.precision.device, backend)
 
 
 # --- early exit ---------------------------------------------------------------------------------------------------
@@ -175,7 +184,7 @@ def untrained_exits(setup, precision):
     model = our_parts(setup, precision, "--early_exit").model
     policies = choose_policies(model.tasks, "auto")
     inferences = {
-        f"{1 - staying:.0%} leave at each": RandomExits(policies, dict.fromkeys(policies, staying), EVAL_BATCH)
+        f"{1 - staying:.0%} leave at each": RandomExits(policies, dict.fromkeys(policies, staying))
         for staying in STAYING
     }
     return model, BertTokenizer.from_pretrained(setup.weights), inferences
@@ -183,13 +192,13 @@ def untrained_exits(setup, precision):
 
 def trained_exits(setup):
     """The model of the saved run in `setup.run_dir`. Returns (model, tokenizer, {label: inference})."""
-    run = multitask_classifier.load_run(setup.run_dir, setup.device)
+    run = load_run(setup.run_dir, setup.device)
     chosen = RunFolder(setup.run_dir).read_summary().get("exits")
     if not chosen:
         raise InputError(f"{setup.run_dir}: this run has no exits: train a run with --early_exit")
     settings = {f"threshold {t:g}": dict.fromkeys(run.model.tasks, t) for t in THRESHOLDS}
     settings["thresholds chosen"] = chosen["thresholds"]
-    inferences = {label: ExitInference(chosen["policies"], t, EVAL_BATCH) for label, t in settings.items()}
+    inferences = {label: ExitInference(chosen["policies"], t) for label, t in settings.items()}
     return run.model, run.tokenizer, inferences
 
 
@@ -202,10 +211,9 @@ def saving_calls(parts, batch, folder):
     optimizer = parts.make_optimizer(dict(parts.model.named_parameters()))
     parts.model(batch).logits[parts.model.depth].sum().backward()
     optimizer.step()
-    progress = multitask_classifier.Progress()
 
     def save_last(_):
-        run.save_last(multitask_classifier.snapshot(parts, optimizer, progress))
+        run.save_last(snapshot(parts, optimizer, Progress()))
 
     return {
         "ours": lambda _: run.save_best(parts.model),

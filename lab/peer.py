@@ -31,15 +31,15 @@ try:
 except ImportError as error:
     stop_without(error.name)
 
-from base_bert import find_weights
 from datasets import find_data_dir
-from evaluation import METRICS, format_value, normalise
+from evaluation import mean_norm
 from files import write_whole
-from flags import positive_int
+from methods import positive_int
 from optimizer import parameter_groups
 from runs import RunFolder, describe_environment, hash_weights, memory_mib, sha256
-from samplers import epoch_rows
+from samplers import epoch_rows, rows_per_epoch
 from tasks import build_tasks
+from weights import find_weights
 
 WEIGHT_DECAY, CLIP, WARMUP, MAX_LENGTH, EVAL_BATCH = 0.01, 1.0, 0.1, 512, 32
 CPU = torch.device("cpu")
@@ -200,13 +200,12 @@ def peer_predict(model, data, batch_size, precision, best):
 def peer_scores(data, values):
     """Score {task: predictions} on {task: PeerData}. Returns {"tasks": {task: {metric: score}}, "raw", "norm"}."""
     metrics, tasks = {}, {name: part.task for name, part in data.items()}
-    main = {name: float(METRICS[tasks[name].metric](values[name], np.array(data[name].labels))) for name in data}
+    main = {name: tasks[name].metric.function(values[name], np.array(data[name].labels)) for name in data}
     for name, task in tasks.items():
-        metrics[name] = {task.metric: main[name]}
+        metrics[name] = {task.metric.name: main[name]}
         if len(task.label_names) == 2:
             metrics[name]["positive_rate"] = float(values[name].mean())
-    norm = float(np.mean([normalise(tasks[name], score) for name, score in main.items()]))
-    return {"tasks": metrics, "raw": float(np.mean(list(main.values()))), "norm": norm}
+    return {"tasks": metrics, "raw": float(np.mean(list(main.values()))), "norm": mean_norm(tasks, main)}
 
 
 # --- the program --------------------------------------------------------------------------------------------------
@@ -244,7 +243,8 @@ def peer_config(args, weights, files):
 def plan_epochs(args, train):
     """The steps of every epoch over {task: PeerData}: lists of (task, rows)."""
     sizes, rng = {name: len(part.labels) for name, part in train.items()}, random.Random(args.seed)
-    rows = [epoch_rows(sizes, "equal", epoch, 1.0, args.seed) for epoch in range(args.epochs)]
+    per_epoch = rows_per_epoch({name: part.task for name, part in train.items()}, sizes, "equal")
+    rows = [epoch_rows(per_epoch, sizes, epoch, 1.0, args.seed) for epoch in range(args.epochs)]
     return [mixed_steps(train, of_tasks, args.batch_size, True, rng) for of_tasks in rows]
 
 
@@ -252,7 +252,7 @@ def write_predictions(folder, data, values):
     """Write {task: dev predictions} in the course's format."""
     for name, part in data.items():
         pairs = zip(part.ids, values[name], strict=True)
-        lines = [part.task.header, *(f"{i} , {format_value(part.task, value)} " for i, value in pairs)]
+        lines = [part.task.output[0], *(f"{i} , {part.task.format(value)} " for i, value in pairs)]
         write_whole(folder.path / "predictions" / f"{name}-dev-output.csv", "\n".join(lines) + "\n")
 
 
@@ -301,7 +301,7 @@ def main(argv=None):
         for split in ("train", "dev")
     )
     config = peer_config(args, weights, {name: data_dir / file for name, file in names.items()})
-    folder.create(config, weights / "vocab.txt", overwrite=False)
+    folder.create(config, weights, overwrite=False)
     model = PeerModel(weights, tasks, args.hidden_dropout_prob, attn_implementation="sdpa")
     summary = train_epochs(args, folder, model, train, dev)
     folder.summary(summary | {"peak_mib": round(memory_mib(CPU))})

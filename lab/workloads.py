@@ -12,15 +12,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from base_bert import WEIGHTS_FOLDER, BertConfig, find_weights
+from base_bert import BertConfig
 from bert import BertModel
 from datasets import Batch, read_dataset
 from errors import InputError
 from lab.curves import plot_curves
 from lab.peer import MAX_LENGTH, PeerData, import_transformers
-from samplers import epoch_rows, generator
+from samplers import epoch_rows, generator, rows_per_epoch
 from tasks import build_tasks
 from tokenizer import BertTokenizer
+from weights import WEIGHTS_FOLDER, find_weights
 
 # the repository's folder
 HERE = Path(__file__).parents[1]
@@ -174,7 +175,8 @@ def draw_rows(data, split, count):
     """
     sizes = {name: len(dataset.usable) for name, dataset in data.items()}
     if split == "train":
-        rows = epoch_rows(sizes, "equal", 0, 1.0, SEED)
+        tasks = {name: dataset.task for name, dataset in data.items()}
+        rows = epoch_rows(rows_per_epoch(tasks, sizes, "equal"), sizes, 0, 1.0, SEED)
     else:
         rows = {name: generator(SEED, "dev", name).permutation(size) for name, size in sizes.items()}
     total = sum(map(len, rows.values()))

@@ -165,9 +165,9 @@ def test_random_exits_leave_at_the_share_asked_for(setup):
     parts = ours.our_parts(setup, "fp32", "--early_exit --tasks sst")
     [batch], _ = workloads.real_batch(setup, 2000, 4)
     torch.manual_seed(0)
-    infer = ours.RandomExits({"sst": "confidence"}, {"sst": 0.3}, 2000)
+    infer = ours.RandomExits({"sst": "confidence"}, {"sst": 0.3})
     with torch.inference_mode():
-        _, layers = infer(parts.model.eval(), batch)
+        _, layers = infer(parts.model.eval(), batch, 500)
     assert (layers == 1).float().mean().item() == pytest.approx(0.7, abs=0.05)
 
 
@@ -178,14 +178,14 @@ def test_our_step_is_the_loops_step(setup, tmp_path):
     weights = []
     for timed in (True, False):
         torch.manual_seed(0)
-        parts = ours.our_parts(setup, "fp32")
-        parts.data, parts.task_weights, rows = data, {"sst": 1.0}, np.arange(8)
+        parts, rows = ours.our_parts(setup, "fp32", data=data), np.arange(8)
         if timed:
             ours.our_step(parts, [data["sst"]["train"].batch(rows)], repeats=1)()
         else:
             optimizer = parts.make_optimizer(dict(parts.model.named_parameters()))
             parts.model.train()
-            multitask_classifier.train_step(parts, optimizer, [("sst", rows, {parts.model.depth: 1.0})], 1.0)
+            step = [("sst", [rows], {parts.model.depth: 1.0})]
+            multitask_classifier.train_step(parts, optimizer, parts.terms, step, multiplier=1.0)
         weights.append(torch.cat([p.detach().flatten() for p in parts.model.parameters()]))
     torch.testing.assert_close(*weights, rtol=0, atol=1e-7)
 

@@ -6,20 +6,16 @@ from types import SimpleNamespace
 import pytest
 
 from errors import InputError
-from flags import check_flags, make_parser, parse_flags, per_task
+from flags import check_flags, parse_flags, per_task
 from lab import experiments, peer, tables
+from runs import FORMAT
 from tasks import build_tasks
 
 ROWS = [(group, name) for group, content in experiments.GROUPS.items() for name in content.rows]
-# to be removed with the old spelling: rows that today's flags.py cannot parse yet
-OLD_FLAGS = not any(action.dest == "bregman_weight" for action in make_parser()._actions)
-RENAMED = ("Bregman", "LNSR", "mean pooling, Bregman")
 
 
 @pytest.mark.parametrize(("group", "name"), ROWS)
 def test_every_row_is_a_valid_command(group, name):
-    if OLD_FLAGS and name.startswith(RENAMED):
-        pytest.skip("flags.py still has the old spelling")
     script, *command = experiments.command_of(group, name)
     if script == "-m":
         assert command[0] == "lab.peer"
@@ -75,11 +71,12 @@ def test_a_row_is_trained_by_its_own_command(group, name, tmp_path, monkeypatch)
         experiments.run_row(group, name, None, tmp_path)
 
 
-def write_run(folder, flags):
-    """A finished run's files with hand-made numbers."""
+def write_run(folder, flags, **config):
+    """A finished run's files with hand-made numbers; keyword arguments go to its config."""
     folder.mkdir(parents=True)
-    config = {
-        "flags": parse_flags(flags)[0] | {"max_length": 512},
+    config |= {
+        "flags": parse_flags(flags)[0] | {"max_length": 512} | config.get("flags", {}),
+        "format": config.get("format", FORMAT),
         "commit": "c0ffee",
         "device": "cpu: test",
         "threads": 1,
@@ -124,6 +121,25 @@ def test_a_run_with_other_flags_gives_no_row(tmp_path):
     write_run(tmp_path / "run", [*experiments.command_of("methods", "PCGrad")[1:], "--lr", "0.5"])
     assert experiments.read_row("methods", "PCGrad", tmp_path / "run") is None
     assert experiments.read_row("methods", "PCGrad", tmp_path / "nothing") is None
+
+
+@pytest.mark.parametrize(
+    ("name", "recorded"),
+    [
+        ("Bregman for SST and STS, seed 1", {"bregman": 1.0, "bregman_tasks": ["sst", "sts"], "lnsr": 0.0}),
+        ("mean pooling, Bregman", {"bregman": 1.0, "lnsr": 0.0}),
+        ("mean pooling, seed 1", {"bregman": 0.0, "lnsr": 0.0}),
+    ],
+)
+def test_a_run_of_the_old_format_is_still_read(tmp_path, name, recorded):
+    """Until format 2, --bregman and --lnsr took a weight; a run without the term is not a run with it."""
+    write_run(
+        tmp_path / "run", experiments.command_of("core", name)[1:], format=1, flags=recorded | {"keep_last": False}
+    )
+    assert experiments.read_row("core", name, tmp_path / "run")["last"]["norm"] == 0.72
+    weight = {"bregman": 1.0 - recorded["bregman"]}
+    write_run(tmp_path / "other", experiments.command_of("core", name)[1:], format=1, flags=recorded | weight)
+    assert experiments.read_row("core", name, tmp_path / "other") is None
 
 
 def test_a_run_with_other_flags_is_reported(tmp_path, capsys, monkeypatch):
@@ -175,7 +191,7 @@ def write_predictions(folder, values, gold):
     (folder / "predictions").mkdir(parents=True)
     (folder / "summary.json").write_text("{}")
     for task in build_tasks().values():
-        lines = [task.header, *(f"{i} , {value} " for i, value in enumerate(values))]
+        lines = [task.output[0], *(f"{i} , {value} " for i, value in enumerate(values))]
         (folder / "predictions" / f"{task.name}-dev-output.csv").write_text("\n".join(lines) + "\n")
         lines = ["id,gold", *(f"{i},{label}" for i, label in enumerate(gold))]
         (folder / "predictions" / f"{task.name}-dev-readable.csv").write_text("\n".join(lines) + "\n")
