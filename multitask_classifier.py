@@ -340,6 +340,7 @@ def train(parts, recorder):
             optimizer, trained = parts.make_optimizer(parameters), list(parameters)
         terms = {name: term for name, term in parts.terms.items() if name not in phase.without}
         steps, (k, n) = phase_steps(parts, phase, recorder.progress.epochs), phase.part
+        parts.model.train()
         for done, step in recorder.before_phase(phase, steps, optimizer, trained):
             # the middle of the step, so that neither the first nor the last step has a learning rate of 0
             progress = (k + (done + 0.5) / len(steps)) / n

@@ -252,6 +252,16 @@ def test_pretrain_leaves_bert_alone_and_trains_the_heads(program):
     assert {name for name in heads if not torch.equal(heads[name], initial[name])} == heads.keys() - {"thresholds"}
 
 
+def test_pretrain_trains_the_heads_with_dropout(program):
+    """The features of the frozen BERT are computed without dropout; the heads are trained with it."""
+    runs = [
+        program.train_quickly(f"frozen-{p}", "--option", "pretrain", "--hidden_dropout_prob", p) for p in (0.0, 0.5)
+    ]
+    assert differences(*map(weights_of, runs)) == {f"heads.{name}.weight" for name in ("sst", "para", "sts")} | {
+        f"heads.{name}.bias" for name in ("sst", "para", "sts")
+    }
+
+
 def test_low_precision_trains_where_the_device_has_it(program, whole):
     run = program.train("bf16", "--precision", "bf16", "--keep_last")
     changed = weights_of(run)
