@@ -219,10 +219,11 @@ def fill_weight_defaults(flags, weights, sizes):
 
 
 def fill_sample_defaults(flags, given):
-    """Choose what suits the few sentences of data/sample, where the user did not; prints what differs."""
+    """Choose what suits --slf on the few sentences of data/sample, where the user did not; print what differs."""
     changed = {name: value for name, value in SAMPLE_DEFAULTS.items() if flags["slf"] and name not in given}
-    for name, value in changed.items():
-        print(f"sample data: --{name} {value:g} (with the course's data: {flags[name]:g})")
+    if changed:
+        settings = " ".join(f"--{name} {value:g}" for name, value in changed.items())
+        print(f"sample data: {settings}, instead of the defaults for the course's data (--help)")
     return flags | changed
 
 
