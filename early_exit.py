@@ -404,7 +404,7 @@ def choose_thresholds(exits, policies, allowed_loss=ALLOWED_LOSS):
     with good early exits saves more layers.
     `exits` is {task: AllExits}. Returns {task: threshold}.
     """
-    offers = {name: candidates(found, policies[name]) for name, found in exits.items()}
+    offers = {name: candidates(task_exits, policies[name]) for name, task_exits in exits.items()}
     # the last candidate of a task is full depth
     floor = (1 - allowed_loss) * sum(scores[-1] for _, scores, _ in offers.values())
     for price in PRICES:
@@ -426,10 +426,10 @@ def cross_fit(exits, settings):
     The score of a row with such a threshold estimates the score of a new row: its own label had no part in the choice.
     A task whose threshold the settings fix has that threshold in all rows.
     """
-    folds = {name: assign_folds(len(found.rows)) for name, found in exits.items()}
-    thresholds = {name: np.empty(len(found.rows)) for name, found in exits.items()}
+    folds = {name: assign_folds(len(task_exits.rows)) for name, task_exits in exits.items()}
+    thresholds = {name: np.empty(len(task_exits.rows)) for name, task_exits in exits.items()}
     for k in range(FOLDS):
-        others = {name: found.take(folds[name] != k) for name, found in exits.items()}
+        others = {name: task_exits.take(folds[name] != k) for name, task_exits in exits.items()}
         for name, threshold in settings.complete(others).items():
             thresholds[name][folds[name] == k] = threshold
     return thresholds

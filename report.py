@@ -194,10 +194,10 @@ def exit_table(exits, record):
         lines.append(row.format(title, policy, threshold, f"{full:.3f}", f"{left:.3f}", f"{layers:.2f}", saved))
 
     full, left, layers = (record["cross_fitted"][key] for key in ("full", "exit", "mean_layers"))
-    for name, found in exits.items():
+    for name, task_exits in exits.items():
         threshold = record["thresholds"][name]
         threshold = "never" if threshold == UNREACHABLE else f"{threshold:.4f}"
-        add(found.task.title, record["policies"][name], threshold, full[name], left[name], layers[name])
+        add(task_exits.task.title, record["policies"][name], threshold, full[name], left[name], layers[name])
     norm = record["cross_fitted_norm"]
     add("norm, all tasks", "", "", norm["full"], norm["exit"], record["cross_fitted_layers"])
     return lines
@@ -213,9 +213,9 @@ def score_exits(tasks, exits, settings):
     """
     thresholds, held_out = settings.complete(exits), cross_fit(exits, settings)
     policies = settings.policies
-    results = {name: scores_at(found, policies[name], held_out[name]) for name, found in exits.items()}
-    kept = {name: scores_at(found, policies[name], thresholds[name]) for name, found in exits.items()}
-    by_layer = {name: layer_scores(found).tolist() for name, found in exits.items()}
+    results = {name: scores_at(task_exits, policies[name], held_out[name]) for name, task_exits in exits.items()}
+    kept = {name: scores_at(task_exits, policies[name], thresholds[name]) for name, task_exits in exits.items()}
+    by_layer = {name: layer_scores(task_exits).tolist() for name, task_exits in exits.items()}
     full = {name: scores[-1] for name, scores in by_layer.items()}
     left = {name: result.score for name, result in results.items()}
     layers = {name: result.mean_layers for name, result in results.items()}
@@ -273,11 +273,11 @@ def close_run(model, data, folder, options, settings=None, progress=False, known
         print(f"seconds for dev: {seconds:.1f} at full depth, {exits['seconds']['exit']:.1f} with exits")
     for name, splits in data.items():
         for split in ("dev", "test"):
-            found = predictions[name] if split == "dev" else None
+            predicted = predictions[name] if split == "dev" else None
             # rows without a label or with an empty text are predicted, but not scored
-            if found is None or len(found.rows) < len(splits[split]):
-                found = predict(model, splits[split], infer=infer, progress=progress, **options)
-            write_predictions(folder / "predictions", found, split)
+            if predicted is None or len(predicted.rows) < len(splits[split]):
+                predicted = predict(model, splits[split], infer=infer, progress=progress, **options)
+            write_predictions(folder / "predictions", predicted, split)
     print(f"predictions: {folder / 'predictions'}")
     return scores.record(), exits
 
@@ -320,17 +320,17 @@ def sweep_rows(label, thresholds, exits, policies, seconds):
     `thresholds` is {task: number, or [n]}; `seconds` is {task: time that the real run took}.
     """
     rows = []
-    for name, found in exits.items():
-        result = scores_at(found, policies[name], thresholds[name])
+    for name, task_exits in exits.items():
+        result = scores_at(task_exits, policies[name], thresholds[name])
         threshold = float(np.mean(thresholds[name]))
         row = {"setting": label, "task": name, "policy": policies[name], "threshold": threshold}
-        row |= {"metric": found.task.metric.name, "score": result.score, "mean_layers": result.mean_layers}
-        row |= {"examples_per_second": len(found.rows) / seconds[name]}
+        row |= {"metric": task_exits.task.metric.name, "score": result.score, "mean_layers": result.mean_layers}
+        row |= {"examples_per_second": len(task_exits.rows) / seconds[name]}
         rows.append(row | {f"exit_{i}": float(share) for i, share in enumerate(result.shares, start=1)})
     total = {"setting": label, "task": "all", "policy": "", "threshold": "", "metric": "norm"}
-    tasks, scores = {name: found.task for name, found in exits.items()}, {row["task"]: row["score"] for row in rows}
-    total |= {"score": mean_norm(tasks, scores)}
-    total |= {"examples_per_second": sum(len(found.rows) for found in exits.values()) / sum(seconds.values())}
+    tasks = {name: task_exits.task for name, task_exits in exits.items()}
+    total |= {"score": mean_norm(tasks, {row["task"]: row["score"] for row in rows})}
+    total |= {"examples_per_second": sum(len(task_exits.rows) for task_exits in exits.values()) / sum(seconds.values())}
     # the other columns are averaged over the tasks
     total |= {key: float(np.mean([row[key] for row in rows])) for key in rows[0] if key not in total}
     return [*rows, total]

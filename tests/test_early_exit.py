@@ -474,6 +474,26 @@ def test_the_record_of_exits_by_hand():
     assert record["layer_scores"]["para"] == [0.0, 1.0]
 
 
+def test_the_record_and_the_sweep_score_held_out_decisions(data):
+    model, tasks = make_exits()
+    datasets = data(tasks)
+    settings = ExitSettings(POLICIES, dict.fromkeys(tasks))
+    exits = {name: predict_exits(model, dataset, batch_size=8) for name, dataset in datasets.items()}
+    held_out, kept = cross_fit(exits, settings), settings.complete(exits)
+    record = score_exits(tasks, exits, settings)
+    rows = {row["task"]: row for row in sweep(model, datasets, settings, [0.5], {"batch_size": 8})[-4:]}
+    for name, found in exits.items():
+        expected = scores_at(found, POLICIES[name], held_out[name])
+        assert record["cross_fitted"]["exit"][name] == rows[name]["score"] == expected.score
+        assert record["cross_fitted"]["mean_layers"][name] == rows[name]["mean_layers"] == expected.mean_layers
+        assert record["shares"][name] == scores_at(found, POLICIES[name], kept[name]).shares.tolist()
+    # the choice on all of dev gives other numbers
+    assert any(
+        record["cross_fitted"]["exit"][name] != scores_at(found, POLICIES[name], kept[name]).score
+        for name, found in exits.items()
+    )
+
+
 # --- training -----------------------------------------------------------------------------------------------------
 
 
