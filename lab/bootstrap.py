@@ -15,6 +15,23 @@ import numpy as np
 DRAWS_AT_ONCE = 20
 
 
+def accuracies(values, labels):
+    """Share of right predictions of each run. Shapes: [n,runs], [n] -> [runs]."""
+    return (values == labels[:, None]).mean(0)
+
+
+def correlations(values, labels):
+    """Pearson correlation of each run; 0 where either side is constant. Shapes: [n,runs], [n] -> [runs]."""
+    x, y = values - values.mean(0), labels - labels.mean()
+    # compared before the means are subtracted: a constant less its mean need not be exactly 0
+    varies = (np.ptp(values, axis=0) > 0) & (np.ptp(labels) > 0)
+    return np.divide(y @ x, np.sqrt((x**2).sum(0) * (y**2).sum()), out=np.zeros(x.shape[1]), where=varies)
+
+
+# The functions of tasks.py check their input for half a millisecond, and a bootstrap calls them 100,000 times.
+METRICS = {"accuracy": accuracies, "pearson": correlations}
+
+
 def paired_bootstrap(parts, samples=10_000, seed=0):
     """Compare two sides by resampling the rows that both predicted.
 

@@ -27,7 +27,7 @@ import numpy as np
 from errors import InputError, run_script
 from files import write_whole
 from flags import parse_flags, recorded_flags
-from lab.bootstrap import paired_bootstrap
+from lab.bootstrap import METRICS, paired_bootstrap
 from lab.tables import comparison_table, replace_between, score_table
 from runs import FORMAT, FREE_FLAGS
 from tasks import TASKS, build_tasks
@@ -301,7 +301,7 @@ def compare_runs(ours, others):
         values = np.array([[of_run[key] for of_run in predictions] for key in labels])  # [rows, runs]
 
         def mean_norm(values, gold, task=task):
-            return np.mean([task.metric.normalise(task.metric.function(of_run, gold)) for of_run in values.T])
+            return task.metric.normalise(METRICS[task.metric.name](values, gold)).mean()
 
         first, second = np.split(values, [len(ours)], axis=1)
         parts.append((first, second, np.array(list(labels.values())), mean_norm))

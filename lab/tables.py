@@ -35,17 +35,17 @@ def score_table(common, group, rows):
     first, peers = rows[0], any(row["command"].startswith("-m lab.peer ") for row in rows)
     notes = (
         "Dev scores after the last epoch. `best norm` is the highest norm of any epoch, so it was chosen on the same "
-    )
-    notes += (
         "dev data. `Quora positive` is the share of pairs that the best model calls paraphrases. MiB is the largest "
+        "memory of the process. The machine was shared with other work, so the seconds are no benchmark.\n\n"
+        f"Every run{' except those of lab.peer' if peers else ''} uses these flags: `{common} {group.flags}`. The last "
+        "column adds flags or overrides them."
     )
-    notes += "memory of the process. The machine was shared with other work, so the seconds are no benchmark.\n\n"
-    notes += f"Every run{' except those of lab.peer' if peers else ''} uses these flags: `{common} {group.flags}`. The "
-    notes += "last column adds flags or overrides them."
     if any(row["name"] in group.removed for row in rows):
         notes += ' "Flag removed": the row was measured with a flag that the program no longer has.'
-    notes += f" Device {first['device']}, {first['threads']} thread{'s' * (first['threads'] > 1)}, torch "
-    notes += f"{first['torch']}; commits {commit_list(rows)}."
+    notes += (
+        f" Device {first['device']}, {first['threads']} thread{'s' * (first['threads'] > 1)}, torch {first['torch']}; "
+        f"commits {commit_list(rows)}."
+    )
     sweeps = [sweep_note(row) for row in rows if row.get("sweep")]
     return "\n".join([*markdown(head, lines), "", notes, *(line for note in sweeps for line in ("", note))]) + "\n"
 
@@ -54,7 +54,7 @@ def sweep_note(row):
     """Describe what the chosen thresholds of a run's exits gain and cost."""
     full, chosen = row["sweep"]["full depth"], row["sweep"]["auto"]
     return (
-        f"{row['name']}: thresholds chosen on one half of dev and measured on the other half give norm "
+        f"{row['name']}: thresholds that were chosen without the dev rows that they are scored on give norm "
         f"{chosen['score']:.4f} against {full['score']:.4f} at full depth ({chosen['score'] / full['score']:.1%}). "
         f"They use {chosen['mean_layers']:.2f} layers instead of {full['mean_layers']:.2f} "
         f"({chosen['mean_layers'] / full['mean_layers']:.0%}) and predict "
@@ -82,15 +82,11 @@ def comparison_table(rows):
     head = ["run", "difference", "95% interval", "not better in"]
     note = (
         f"`difference` is the run's norm minus the mean norm of transformers' {peers} seed{'s' * (peers > 1)}, all at "
-    )
-    note += (
         "their best epochs. The interval and the last column come from a paired bootstrap: 10,000 times, dev rows are "
-    )
-    note += (
         "drawn with replacement, the same rows for both sides, and the difference is computed again. The last column "
+        "is the share of these differences that are not above 0. The runs stay the same, so the interval does not "
+        "cover other seeds."
     )
-    note += "is the share of these differences that are not above 0. The runs stay the same, so the interval does not "
-    note += "cover other seeds."
     return "\n".join([*markdown(head, lines), "", note]) + "\n"
 
 

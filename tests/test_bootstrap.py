@@ -5,7 +5,8 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from lab.bootstrap import paired_bootstrap
+from lab.bootstrap import METRICS, paired_bootstrap
+from tasks import TASKS
 
 
 def rng(seed=0):
@@ -18,6 +19,16 @@ def accuracy(values, labels):
 
 def correlation(values, labels):
     return np.corrcoef(values, labels)[0, 1]
+
+
+@pytest.mark.parametrize("name", ["para", "sts"])
+def test_metrics_of_several_runs_are_those_of_the_tasks(name):
+    """A random, a perfect, an opposite and a constant run; then constant labels."""
+    metric, labels = TASKS[name].metric, rng(0).integers(0, 2, 200)
+    runs = np.stack([rng(1).integers(0, 2, 200), labels, 1 - labels, np.full(200, 1)], axis=1)
+    for gold in (labels, np.full(200, 1)):
+        expected = [metric.function(run, gold) for run in runs.T]
+        assert METRICS[metric.name](runs, gold) == pytest.approx(expected)
 
 
 def resample_by_hand(parts, samples, seed):

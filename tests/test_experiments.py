@@ -71,12 +71,12 @@ def test_a_row_is_trained_by_its_own_command(group, name, tmp_path, monkeypatch)
         experiments.run_row(group, name, None, tmp_path)
 
 
-def write_run(folder, flags, **config):
-    """A finished run's files with hand-made numbers; keyword arguments go to its config."""
+def write_run(folder, words, version=FORMAT, **changed):
+    """A finished run's files with hand-made numbers; `changed` are flags that it records otherwise."""
     folder.mkdir(parents=True)
-    config |= {
-        "flags": parse_flags(flags)[0] | {"max_length": 512} | config.get("flags", {}),
-        "format": config.get("format", FORMAT),
+    config = {
+        "flags": parse_flags(words)[0] | {"max_length": 512} | changed,
+        "format": version,
         "commit": "c0ffee",
         "device": "cpu: test",
         "threads": 1,
@@ -133,12 +133,10 @@ def test_a_run_with_other_flags_gives_no_row(tmp_path):
 )
 def test_a_run_of_the_old_format_is_still_read(tmp_path, name, recorded):
     """Until format 2, --bregman and --lnsr took a weight; a run without the term is not a run with it."""
-    write_run(
-        tmp_path / "run", experiments.command_of("core", name)[1:], format=1, flags=recorded | {"keep_last": False}
-    )
+    write_run(tmp_path / "run", experiments.command_of("core", name)[1:], 1, keep_last=False, **recorded)
     assert experiments.read_row("core", name, tmp_path / "run")["last"]["norm"] == 0.72
-    weight = {"bregman": 1.0 - recorded["bregman"]}
-    write_run(tmp_path / "other", experiments.command_of("core", name)[1:], format=1, flags=recorded | weight)
+    recorded = recorded | {"bregman": 1.0 - recorded["bregman"]}
+    write_run(tmp_path / "other", experiments.command_of("core", name)[1:], 1, **recorded)
     assert experiments.read_row("core", name, tmp_path / "other") is None
 
 
