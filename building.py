@@ -195,7 +195,7 @@ def read_inputs(flags, given, config=None):
     check_fits(flags, tasks, sizes, weights)
     data, files, is_sample = read_data(flags, tasks, BertTokenizer.from_pretrained(weights))
     if is_sample and not config:
-        flags = fill_sample_defaults(flags, given)
+        flags = fill_sample_defaults(flags, given, sizes)
     data_hashes = {name: sha256(path) for name, path in files.items()}
     parallel.check_same("flags", {name: flags[name] for name in flags.keys() - {"data_dir", "weights"}})
     parallel.check_same("data files", data_hashes)
@@ -218,9 +218,12 @@ def fill_weight_defaults(flags, weights, sizes):
     return filled
 
 
-def fill_sample_defaults(flags, given):
+def fill_sample_defaults(flags, given, sizes):
     """Choose what suits --slf on the few sentences of data/sample, where the user did not; print what differs."""
-    changed = {name: value for name, value in SAMPLE_DEFAULTS.items() if flags["slf"] and name not in given}
+    suits = flags["slf"] and flags["optimizer"] == "adamw" and flags["adapter"] == ["none"]
+    if not suits or sizes.hidden_size > SMALL:
+        return flags
+    changed = {name: value for name, value in SAMPLE_DEFAULTS.items() if name not in given}
     if changed:
         settings = " ".join(f"--{name} {value:g}" for name, value in changed.items())
         print(f"sample data: {settings}, instead of the defaults for the course's data (--help)")
@@ -322,7 +325,9 @@ def build_trainable(flags, model):
         frozen = {id(parameter) for parameter in model.bert.parameters()}
         return "pretrain", frozenset(name for name, p in model.named_parameters() if id(p) not in frozen)
     restricted = [names for method in METHODS if (names := method.trains(flags, model)) is not None]
-    return "adapter" if restricted else "finetune", frozenset(everything.intersection(*restricted))
+    # a few new parameters beside a frozen BERT take larger steps than BERT's own parameters
+    kind = "adapter" if restricted and model.adapters is not None else "finetune"
+    return kind, frozenset(everything.intersection(*restricted))
 
 
 def build_terms(flags, model, terms):
@@ -333,7 +338,10 @@ def build_terms(flags, model, terms):
         return torch.Generator().manual_seed(int(generator(flags["seed"], purpose).integers(2**62)))
 
     for method in METHODS:
-        terms = terms | method.terms(flags, model, noise)
+        more = method.terms(flags, model, noise)
+        if clash := terms.keys() & more.keys():
+            raise InputError(f"loss term {min(clash)}: two methods use this name: rename one")
+        terms = terms | more
     return terms
 
 

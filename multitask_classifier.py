@@ -16,7 +16,6 @@ loop). Neither the model nor the loop sees a flag, and neither names a method. b
 
 import sys
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 # ours, but it imports no package: it prints what to do where the packages are not installed
 from errors import InputError, run_script, spare_memory, stop_without  # isort: skip
@@ -29,6 +28,7 @@ except ImportError as error:
 
 import building
 import parallel
+from adapters import parameter_report
 from base_bert import BertConfig, Dropout, dropout_state
 from bert import BertModel
 from datasets import Batch, bucketed_batches
@@ -38,7 +38,7 @@ from flags import EVALUATE_FLAGS, check_flags, file_flags, parse_flags, recorded
 from methods import LossTerm
 from optimizer import clip_gradients
 from report import close_run, close_sweep, finish
-from runs import FREE_FLAGS, Interrupted, Recorder, RunFolder, SignalGuard, check_same_run, name_run, sha256
+from runs import FORMAT, FREE_FLAGS, Interrupted, Recorder, RunFolder, SignalGuard, check_same_run, name_run, sha256
 from samplers import SAMPLERS, all_tasks_order, epoch_rows, generator, rows_per_epoch
 from tokenizer import BertTokenizer, pack, pad
 
@@ -282,6 +282,8 @@ def train_step(parts, optimizer, terms, step, multiplier):
                 outputs = parts.model(batch, exits=tuple(exits))
             # each term is [b], one number per example
             values = {key: weight * term(parts.model, batch, outputs, exits) for key, term in terms.items()}
+            if any(value.shape != (len(batch),) for value in values.values()):
+                raise ValueError(f"terms return { {k: tuple(v.shape) for k, v in values.items()} }, not [{len(batch)}]")
             loss = parts.settings.task_weights[name] * sum(values.values()).sum() / examples
             parts.gradients.add(name, precision.scaler.scale(loss))
             results.append((name, rows, {key: value.detach().sum() for key, value in values.items()}))
@@ -386,6 +388,8 @@ def train_run(flags, given, defaults):
     building.keep_freed_memory()
     parts = building.build(flags, model, inputs.data, device, {"loss": TaskLoss()})
     print("\n".join(building.parameter_table(model, parts.trainable)))
+    if model.adapters is not None:
+        print("\n".join(parameter_report(model.adapters)))
     state = None
     if config:
         state = folder.load_last()
@@ -452,17 +456,23 @@ def evaluate_run(flags, given):
     if given & {"early_exit", "exit_policy", "exit_threshold"} and not run.flags["early_exit"]:
         raise InputError(f"{flags['run_dir']}: was trained without --early_exit: it cannot leave early")
     data, files, _ = building.read_data(run.flags, run.model.tasks, run.tokenizer)
-    before = RunFolder(flags["run_dir"]).config()["data"]
+    folder = RunFolder(flags["run_dir"])
+    before, exits = folder.config()["data"], folder.read_summary().get("exits")
+    if exits and folder.config().get("format") != FORMAT and "exit_threshold" not in given:
+        # an earlier version chose thresholds another way: keep those that the run has
+        run.flags["exit_threshold"] = [f"{name}={value}" for name, value in exits["thresholds"].items()]
     for name, path in files.items():
         if sha256(path) not in (before.get(name), before.get(path.name)):
             print(f"note: {path} is not a file of the training run: do not compare its scores with that run's")
     # compiling the layers takes longer than the evaluation; features of a frozen BERT are of no use for one pass
-    parts = building.build(run.flags | {"option": "finetune", "compile": False}, run.model, data, device, {})
-    folder = Path(flags["run_dir"]) / "evaluate"
+    parts = building.build(
+        run.flags | {"option": "finetune", "compile": False, "train_rows": None}, run.model, data, device, {}
+    )
+    target = folder.path / "evaluate"
     if levels:
-        close_sweep(run.model, parts.dev(), folder, parts.exit_settings, levels, parts.inference())
+        close_sweep(run.model, parts.dev(), target, parts.exit_settings, levels, parts.inference())
     else:
-        close_run(run.model, data, folder, parts.inference(), parts.exit_settings, parallel.progress_bars())
+        close_run(run.model, data, target, parts.inference(), parts.exit_settings, parallel.progress_bars())
 
 
 def main(argv=None):

@@ -280,7 +280,11 @@ LAYER_DECAY = Method(
         (
             flags["layer_decay"] < 1 and flags["option"] == "pretrain",
             "--layer_decay lowers the learning rates of BERT's layers, --option pretrain freezes them: leave one out",
-        )
+        ),
+        (
+            flags["layer_decay"] < 1 and flags["adapter"] != ["none"] and not flags["train_backbone"],
+            "--layer_decay lowers the learning rates of BERT's layers, --adapter freezes them: add --train_backbone",
+        ),
     ],
     rates=lambda flags, model: layer_rates(model, flags["layer_decay"]) if flags["layer_decay"] < 1 else {},
 )

@@ -72,7 +72,7 @@ def name_run(flags, defaults):
     for name, value in flags.items():
         if name not in CARE_FLAGS | {"option", "use_gpu"} and value != defaults[name]:
             text = "-".join(map(str, value)) if isinstance(value, list) else str(value)
-            parts.append(name if value is True else f"{name}_{Path(text).name}")
+            parts.append(name if value is True or not text else f"{name}_{Path(text).name}")
     kept = "".join(c if c.isalnum() or c in "-_.=" else "_" for c in "-".join(parts))
     return Path("runs") / kept[:150]
 
@@ -303,8 +303,11 @@ def check_same_run(config, flags, given):
         raise InputError(
             f"torchrun: this run was started with {processes} processes, not {world_size()}: resume with as many"
         )
+    for name in config["flags"].keys() - flags.keys():
+        raise InputError(f"--resume: this run was started with --{name}, which the program does not have now")
     for name in given - FREE_FLAGS:
-        if flags[name] != config["flags"].get(name):
+        # auto was replaced by what it chose
+        if flags[name] not in (config["flags"].get(name), "auto"):
             raise InputError(
                 f"--{name} {flags[name]}: this run was started with {config['flags'].get(name)}: "
                 "resume with the same flags, or start another run"

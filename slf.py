@@ -81,7 +81,9 @@ class Phase:
     fraction: float  # length in epochs
     exit_weights: tuple
     trainable: Callable = everything
-    part: tuple = (0, 1)  # (k, n): number k of the n phases that share an optimiser and a learning-rate schedule
+    # (k, n): number k, from 0, of n phases with one learning-rate schedule; they share an optimiser too, as long as
+    # the same parameters train
+    part: tuple = (0, 1)
     keep: bool = True  # whether the model after this phase may be kept as the best one
     without: tuple = ()  # names of the loss terms that do not count
 
@@ -220,7 +222,7 @@ def build_alternating(flags, depth, plan):
 def check_alternating(flags, given):
     """Conflicts of Smart Alternating: pairs (applies, sentence)."""
     kind = flags["exit_loss"]
-    both = flags["smart_alternating"] and kind in ("two_stage", "alternating")
+    both = flags["smart_alternating"] and (kind == "two_stage" or len(EXIT_WEIGHTS[kind](2)) > 1)
     yield both, f"--exit_loss {kind} and --smart_alternating both choose the exits: choose one"
 
 
@@ -242,6 +244,14 @@ def check_unfreezing(flags, given):
     on = flags["gradual_unfreezing"]
     yield on and flags["option"] == "pretrain", "--gradual_unfreezing trains BERT, --option pretrain freezes it"
     yield on and flags["slf"], "--gradual_unfreezing and --slf both freeze layers at the start: choose one"
+    adapted = on and flags["adapter"] != ["none"] and not flags["train_backbone"]
+    yield adapted, "--gradual_unfreezing unfreezes BERT, --adapter freezes it: add --train_backbone"
+    for name in flags["tasks"]:
+        # a cosine has no head, so with all layers frozen nothing of the task trains
+        headless = (
+            f"--{name}_loss {flags.get(f'{name}_loss')} has no head, and --gradual_unfreezing starts with heads alone"
+        )
+        yield on and chosen_objective(flags, name).needs_two_vectors, headless
 
 
 def first_stage(plan, flag, flags, depth, second):

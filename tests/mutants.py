@@ -441,8 +441,8 @@ MUTANTS = [
             "datasets-siamese-types",
             "datasets.py",
             "return [self.tokenizer.pack(text, limit=limit) for text in texts]",
-            "return [(ids, [k] * len(ids)) for k, (ids, _) in enumerate(self.tokenizer.pack(text, limit=limit) for text in texts)]",
-            "The second text of a siamese pair has segment ids 1.",
+            "return [(ids, [1] * len(ids)) for ids, _ in (self.tokenizer.pack(text, limit=limit) for text in texts)]",
+            "The texts of a siamese pair have segment ids 1.",
             "datasets",
         ),
         (

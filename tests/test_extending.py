@@ -1,5 +1,6 @@
 """What METHODS.md promises: a method, a task, a plan, an adapter and a sampler from outside take part in a run."""
 
+import argparse
 import json
 import re
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from driver import main
+from errors import InputError
 from tiny import log_of, make_batch, make_model, read_csv, weights_of
 from torch import nn
 
@@ -127,6 +129,22 @@ def test_r_drop_vanishes_without_dropout_and_is_off_by_default(program, register
     without = weights_of(program.train_quickly("rdrop-absent", "--epochs", 1))
     flags.METHODS.extend([registered.RDROP, OWN_PLAN])
     assert all(torch.equal(with_record[name], tensor) for name, tensor in without.items())
+
+
+def test_a_term_that_returns_one_number_for_the_batch_is_refused(program, registered, monkeypatch):
+    """A [b,1] or a scalar would be spread over the other terms' [b], and the loss would count several times."""
+    monkeypatch.setattr(registered.RDrop, "__call__", lambda *_: torch.zeros(8, 1))
+    with pytest.raises(ValueError, match="rdrop"):
+        program.train("wrong-shape", "--rdrop", 1)
+
+
+def test_two_terms_of_one_name_are_refused(program, registered):
+    flags.METHODS.append(registered.RDROP)
+    try:
+        with pytest.raises((InputError, argparse.ArgumentError), match="rdrop"):
+            program.train("twice", "--rdrop", 1)
+    finally:
+        flags.METHODS.remove(registered.RDROP)
 
 
 def test_the_page_names_only_what_is_there():

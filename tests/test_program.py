@@ -865,6 +865,9 @@ BAD_FLAGS = [
     (("--layer_decay", "0"), "--layer_decay"),
     (("--layer_decay", "1.5"), "--layer_decay"),
     (("--gradual_unfreezing", "--slf"), "--gradual_unfreezing"),
+    (("--gradual_unfreezing", "--adapter", "lora"), "--train_backbone"),
+    (("--gradual_unfreezing", "--pairs", "siamese", "--sts_loss", "cosine"), "--sts_loss cosine"),
+    (("--layer_decay", "0.5", "--adapter", "lora"), "--train_backbone"),
     (("--train_rows", "sst=0"), "sst=0"),
     (("--train_rows", "cfimdb=5"), "cfimdb"),
     (("--siamese_features", "uv"), "--pairs siamese"),
@@ -899,6 +902,7 @@ def test_a_run_is_named_by_what_differs_from_the_defaults(program):
     flags, _, defaults = parse_flags(command)
     assert runs.name_run(flags, defaults) == Path("runs/finetune-data_dir_course-weights_minilm-slf")
     assert runs.name_run(defaults, defaults) == Path("runs/finetune")
+    assert runs.name_run(defaults | {"smart": []}, defaults) == Path("runs/finetune-smart")
 
 
 def test_texts_are_as_long_as_the_weights_have_positions(program):
