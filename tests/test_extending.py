@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 from driver import main
-from errors import InputError
 from tiny import log_of, make_batch, make_model, read_csv, weights_of
 from torch import nn
 
@@ -20,6 +19,7 @@ import flags
 import predict
 import samplers
 import tasks
+from errors import InputError
 from methods import Method
 from slf import Phase
 
