@@ -169,7 +169,7 @@ WAITLESS = [
     "--smart --smart_form gaussian",
     "--bregman",
     "--lnsr --adapter houlsby lhuc",
-    "--adapter lora --layer_decay 0.9",
+    "--adapter lora --train_backbone --layer_decay 0.9",
     "--early_exit --exit_loss distilled",
     "--accumulate 2 --step all_tasks",
 ]
