@@ -21,7 +21,6 @@ import torch
 from torch import nn
 
 from base_bert import ACTIVATIONS, BertPreTrainedModel, Dropout
-from base_bert import dropout_state as dropout_state  # other files import it from here
 from errors import InputError
 
 # Finite in float16 too, so that a row of padding alone gives no NaN, and far enough down that exp gives 0.

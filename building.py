@@ -1,7 +1,7 @@
 """From flags to the parts of a run: device, data, and everything that fills the slots of the training loop.
 
-The loop (multitask_classifier.py) sees only `Parts`. Methods are built by looping over their records (flags.METHODS);
-no method is named here. This module receives the model and never imports it.
+The loop (multitask_classifier.py) sees only `Parts`. Terms, plans, adapters and rates come from the methods' records
+(flags.METHODS). This module receives the model and never imports it.
 """
 
 import ctypes
@@ -43,7 +43,8 @@ LEARNING_RATES = {
     "rmsprop": {"finetune": (1e-4, 1e-5), "pretrain": (1e-3, 1e-3), "adapter": (2e-3, 3e-4)},
     "sgd": {"finetune": (0.3, 1e-2), "pretrain": (1e-1, 1e-1), "adapter": (1e-1, 1e-1)},
 }
-# --max_length: room for the special tokens of any pair encoding and one word; the default if the weights allow it
+# --max_length: the shortest has room for the special tokens of any pair encoding and one word. LONGEST is the default,
+# where the weights allow it.
 SHORTEST, LONGEST = 5, 512
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # what --compile uses, and how many variants of a layer it may translate
@@ -119,9 +120,8 @@ def choose_device(use_gpu):
 def keep_freed_memory():
     """Let the C library keep large freed blocks for the next step, where it is glibc (Linux).
 
-    By default glibc returns them to the system, and the next step gets new ones, which the system zeroes page by page
-    at their first use. The gradient of the word embeddings alone, 47 MB, took 76 ms of a step of 600; kept, it takes
-    10 to 36.
+    Otherwise glibc returns them to the system, and the system zeroes new ones in every step. With kept memory the
+    gradient of the word embeddings, 47 MB, takes 10 to 36 ms of a step, otherwise 76 ms.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt:

@@ -41,7 +41,7 @@ class Batch:
 
     Shapes: each segment is (input_ids [b,s], mask [b,s], types [b,s]); labels [b] or None; features [b,w] or None.
     With `features` there are no segments: they are the cached states of a frozen BERT, the input of the head.
-    `share` is (positions, n) if these rows are a process's part of a batch of n rows; positions are their places in it.
+    `share` is (positions of these rows, n) in the batch of n rows that all processes share.
     """
 
     task: object
@@ -100,7 +100,7 @@ class Dataset:
     """The rows of one file: ids, texts, token ids and labels.
 
     `labels` is NaN for a row without a label. `usable` lists the rows for training and scoring: they have a label and
-    no empty text. `tokens` has all tokens of every text, also of a long one; only `pack` truncates.
+    no empty text. `tokens` has all tokens of every text, also of a long one; only `Dataset.pack` truncates.
     """
 
     def __init__(self, task, path, tokenizer, max_length):

@@ -1,4 +1,4 @@
-"""A user's mistake, said in one line: the leaf every other file may import; read nothing before it."""
+"""A user's mistake, said in one line: the leaf that every other file may import."""
 
 import argparse
 import os

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all. Read first: errors.py."""
+"""Files that appear whole or not at all."""
 
 import os
 from pathlib import Path

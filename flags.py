@@ -36,8 +36,8 @@ METHODS = [
 ]
 PRECISIONS = ("fp32", "bf16", "fp16")
 # Defaults of --slf for data/sample, whose epochs have 75 steps: with fewer or smaller steps an exit ends stage 1 at the
-# majority class. The learning rate is AdamW's for a small BERT.
-SAMPLE_DEFAULTS = {"slf_epochs": 3.0, "lr": 2e-4, "epochs": 3}
+# majority class. The learning rate was chosen for AdamW and a small BERT.
+SAMPLE_DEFAULTS = {"slf_epochs": 2.0, "lr": 2e-4, "epochs": 4}
 # flags that --option evaluate may change, with the files' flags; it takes all other flags from the run
 EVALUATE_FLAGS = {"use_gpu", "data_dir", "eval_batch_size", "precision", "attention", "exit_policy", "exit_threshold"}
 
@@ -127,7 +127,7 @@ def add_course_flags(group):
         "--epoch_size",
         type=positive,
         default=1.0,
-        help="share of an epoch between two evaluations: what --epochs counts",
+        help="length of one of the --epochs, in passes over the data",
     )
     group.add_argument("--batch_size", type=positive_int, default=16, help="examples per batch of a process")
     group.add_argument(

@@ -4,8 +4,8 @@
     python multitask_classifier.py --option finetune --use_gpu
 
 Read here in this order: `MultitaskBERT` (a BERT with a head for each task), `train_step` (the loss), `train` (the
-loop). Neither the model nor the loop sees a flag, and neither names a method. building.py turns the flags into
-`Parts`, and each method fills a slot of it:
+loop). Neither the model nor the loop sees a flag. building.py turns the flags into `Parts`. Methods fill its slots
+`terms`, `plan` and `gradients`; `adapters` and `exits` are parts of the model:
 
     terms        term(model, batch, outputs, exit_weights) -> [b]   added to the task's loss        (smart.py)
     plan         a generator of phases: what trains, and on which exits                             (slf.py)
@@ -53,7 +53,8 @@ THRESHOLD_ROWS = 2000
 class Outputs:
     """The results of one forward pass.
 
-    Shapes: embeds: one [b,s,d] per encoder pass; states and logits: {exit layer: [b,w]} and {exit layer: [b,o]}.
+    Shapes: embeds: one [b,s,d] per encoder pass (two passes for a siamese pair, otherwise one);
+        states and logits: {exit layer: [b,w]} and {exit layer: [b,o]}.
     `rng` is the state of the dropout generator after embedding: replayed, it repeats the layers' dropout masks.
     """
 
@@ -228,7 +229,7 @@ class TaskLoss(LossTerm):
 
 
 def set_trainable(model, phase, allowed):
-    """Let only this phase's parameters have gradients, of those that the run may train. Returns {name: parameter}."""
+    """Train only the parameters that the phase names and the run allows. Returns {name: parameter}."""
     # compared by identity, since a parameter has no name of its own
     chosen = {id(parameter) for module in phase.trainable(model) for parameter in module.parameters()}
     for name, parameter in model.named_parameters():
@@ -268,7 +269,8 @@ def train_step(parts, optimizer, terms, step, multiplier):
     """Take one optimiser step over the (task, batches, exit weights) of `step`.
 
     Returns a list of (task, rows, {term: sum over this process's examples}), and the cosines between the tasks'
-    gradients where they are measured. Nothing here waits for the device, but gradient surgery waits for it once.
+    gradients where they are measured. Only gradient surgery, adversarial SMART and the loss scaler of fp16 wait for
+    the device.
     """
     results, precision = [], parts.precision
     for name, batches, exits in step:
@@ -302,7 +304,7 @@ def train_step(parts, optimizer, terms, step, multiplier):
 
 
 def evaluate_dev(parts, exit_layer):
-    """Dev scores and predictions at an exit. Decision thresholds that are fitted are fitted first, on training rows.
+    """Dev scores and predictions at an exit, after fitting the decision thresholds of cosine losses on training rows.
 
     Differs: a threshold is fitted at one exit and serves the exits before it too.
     """

@@ -1,20 +1,20 @@
-"""Several processes that train one model together, with torch.distributed. Read first: nothing.
+"""Several processes that train one model together, with torch.distributed.
 
     torchrun --nproc_per_node 2 multitask_classifier.py ...
 
-starts the program twice; each process has a number (its rank) and the whole model. A step goes like this:
+starts the program twice. Each process has a number (its rank) and a copy of the whole model. In each step:
 
-    batch            all processes know the rows of the step's batch; each takes its share of them (`share`)
-    gradients        each computes those of its rows; the sum over the processes is the gradient of the whole batch,
-                     since the loss is a sum over examples (`sum_gradients`)
-    update           the same on all of them, so that the models stay equal without being compared
+    batch            every process computes the rows of the step's batch and takes its share of them (`share`)
+    gradients        each process computes the gradients of its rows; their sum over the processes is the gradient of
+                     the whole batch, because the loss is a sum over examples (`sum_gradients`)
+    update           every process makes the same update, so the copies of the model stay equal
 
-So N processes with batches of B/N examples compute what one process does with B. An evaluation is cut up by batches
-and put together again (`gather_batches`), so that all processes know all predictions, hence the scores. Process 0
-alone writes and prints. In a single process every function here does nothing, and costs nothing.
+So N processes with batches of B/N examples compute what one process does with B. The processes share the batches of
+an evaluation, too; afterwards each of them has all predictions (`gather_batches`). Only process 0 writes and prints.
+In a single process every function here does nothing.
 
-Python values and flags travel by gloo, between the CPUs, and never make a process wait for its GPU; gradients travel
-by NCCL where there are GPUs. Every process must come to the same exchanges in the same order.
+Python values travel through gloo, between the CPUs, so that no process waits for its GPU. Gradients travel through
+NCCL where there are GPUs. Every process must reach the same exchanges in the same order.
 
 Differs: torch's DistributedDataParallel adds the gradients up during the backward pass, which hides the transfer
 behind it, but knows one gradient per parameter. Gradient surgery needs one per task, so it is done after the pass.
@@ -104,7 +104,7 @@ def processes(use_gpu):
 
 @contextmanager
 def exchange():
-    """Say ProcessLost where an exchange fails."""
+    """Raise ProcessLost if an exchange fails."""
     try:
         yield
     except RuntimeError as error:
@@ -126,7 +126,7 @@ def gather(value):
 
 
 def from_first(value):
-    """Process 0's value, for all: what follows from it is the same everywhere, whatever the machines."""
+    """Return process 0's value in every process."""
     if not several():
         return value
     box = [value]
@@ -136,14 +136,14 @@ def from_first(value):
 
 
 def check_same(name, value):
-    """Fail where a process was given something else than process 0.
+    """Compare a value with that of process 0.
 
-    Raises: InputError, in every process.
+    Raises: InputError, in every process, if they differ.
     """
     values = gather(value)
     for number, other in enumerate(values):
         if other != values[0]:
-            raise InputError(f"{name}: process {number} was given others than process 0: start all with the same")
+            raise InputError(f"{name} differ between processes 0 and {number}: start each with the same command")
 
 
 def copy_from_first(model):
@@ -163,7 +163,7 @@ def add_up(values):
 
 
 def any_process(*flags):
-    """For each flag whether it is set in some process: what all of them then do together."""
+    """For each flag, whether it is set in some process."""
     if not several():
         return flags
     found = torch.tensor(flags, dtype=torch.uint8)
@@ -183,8 +183,8 @@ def every_process(flag):
 def share(count):
     """The positions among `count` rows that this process takes, and their weight in the loss.
 
-    Every n-th row: the rows come sorted by length, and so all shares are of about the same size and length. A process
-    for which no row is left takes the first one with weight 0, so that it comes to all exchanges, with gradients of 0.
+    A process takes every n-th row. The rows are sorted by length, so all shares have about the same length. With fewer
+    rows than processes, a spare process computes one row with weight 0, so that it still takes part in every exchange.
     """
     if rank() < count:
         return slice(rank(), count, world_size()), 1.0

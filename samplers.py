@@ -4,8 +4,8 @@ Nothing here holds state. What epoch 3 does follows from (seed, 3), so a resumed
 
 Data splitting (SMARTer BERT 5.3.2). The largest task drowns the other tasks unless an epoch takes only a part of it:
     full          every row of every task
-    equal         "split1": paraphrase gives as many rows as SST has, the next part of a shuffled order in each epoch
-    proportional  "split2": similarity gives a seventeenth as well, the paper's number of parts
+    equal         "split1": as many paraphrase rows as SST has, the next ones of a shuffled order in each epoch
+    proportional  "split2": the same, and 1/17 of the similarity rows, as in the paper
 How many rows a task gives under each split stands in its row of the task table (`epoch_rows`).
 
 Task order. `sequential` trains one task after the other, as BERTer's baseline does. `round_robin` and `random`

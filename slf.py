@@ -147,7 +147,7 @@ def sequential_layer_focus(depth, layer_epochs, second):
     In stage 1, layer i learns from L_i alone for `layer_epochs` (a fraction of an epoch or several), with its own
     optimiser and schedule. The layers below are frozen and the layers above do not run, so no gradient flows below
     layer i. What the layers share (embeddings, learning to exit, shared parts of adapters) waits for stage 2. No
-    model of stage 1 may be kept, because its deeper layers are not trained yet. `second` receives the scores of its
+    model of stage 1 may be kept, because its deeper layers are not fine-tuned yet. `second` receives the scores of its
     own phases only.
 
     Source: BERTer 3.3, Sequential Layer Focus.
@@ -164,7 +164,7 @@ def sequential_layer_focus(depth, layer_epochs, second):
                 ({i: 1.0},),  # L_i alone: the forward pass stops after layer i
                 LayerAndExit(i),
                 (part, parts),
-                keep=False,  # the layers above are untrained
+                keep=False,  # the layers above are as they were pretrained
                 # the learning to exit is shared by the layers: its loss would only pull at the layer in training
                 without=("lte",),
             )

@@ -26,18 +26,18 @@ from dataclasses import replace
 
 import torch
 
-from bert import dropout_state
+from base_bert import dropout_state
 from errors import InputError
 from methods import LossTerm, Method, among_tasks, at_least_zero, belongs, positive
 from parallel import every_process
 from tasks import widen
 
-# The adversarial radius over the RMS of the embeddings, chosen by measurement. The step is 100 times the radius, as
-# 1e-3 is of 1e-5 in the papers. The standard deviation of the start is the radius, as in the papers too.
+# The adversarial radius in multiples of the embeddings' RMS, chosen by measurement. The step is 100 times the radius,
+# as 1e-3 is of 1e-5 in the papers. The standard deviation of the start is the radius, as in the papers too.
 RADIUS, STEP_PER_RADIUS = 0.03, 100
-# Standard deviation of the noise: GaussianSmart's in the units of the embeddings, LNSR's over their RMS.
+# Standard deviation of the noise: GaussianSmart's in the units of the embeddings, LNSR's in multiples of their RMS.
 GAUSSIAN_SIGMA, LNSR_SIGMA = 0.05, 0.05
-# The fraction of itself that Bregman's teacher keeps in a step, in the first EARLY of the training and later.
+# Decay of Bregman's teacher: EARLY_DECAY in the first tenth (EARLY) of the training, then LATE_DECAY.
 EARLY, EARLY_DECAY, LATE_DECAY = 0.1, 0.99, 0.999
 
 
@@ -306,8 +306,8 @@ class LNSR(NoiseTerm):
     The penalty is the squared change of the hidden states. It is a mean over the hidden units, over the real tokens of
     an example (of both texts of a siamese pair) and over the layers from the first to the deepest exit of the step. So
     its size depends on neither width, length nor depth. Gradients flow through both passes.
-    The term costs two more passes, because the loop keeps no hidden states. These passes have no heads. With exits
-    after several layers their dropout masks are therefore not those of the loop's pass, but the two have the same.
+    The term costs two more passes, because the loop keeps no hidden states. Both draw the same dropout masks. With
+    several exits these differ from the masks of the loop's pass, whose heads draw random numbers too.
 
     Units: sigma is a multiple of the RMS of the embeddings of an example's real tokens.
     Source: Hua et al. (2021), Noise Stability Regularization for Improving BERT Fine-tuning; sigma is the relative
@@ -379,7 +379,7 @@ def add_smart_flags(group):
     group.add_argument(
         "--smart_radius",
         type=positive,
-        help="size of the perturbation: its radius over the embeddings' RMS, default .03; "
+        help="radius of the perturbation in multiples of the embeddings' RMS, default .03; "
         "gaussian: the noise's standard deviation, default .05",
     )
 

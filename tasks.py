@@ -69,7 +69,8 @@ class Task:
     """One row of the table.
 
     `labels` are the class names in the order of the labels 0, 1, ..., or the (lowest, highest) label of a regression.
-    `epoch_rows` is {data split: function({task: rows}) -> rows of this task in an epoch}; absent splits use all rows.
+    `epoch_rows` is {data split: function(task name, {task: rows}) -> rows of this task in an epoch}; absent splits use
+    all rows.
     """
 
     name: str
@@ -253,7 +254,7 @@ def decode_fraction(logits, threshold=0.5):
 
 
 def decode_cosine(logits, threshold=0.5):
-    """1 where (cos + 1) / 2 is above the threshold, which is fitted: with cos > 0 a model predicts 1 for all pairs."""
+    """1 where (cos + 1) / 2 is above the threshold, which is fitted because almost all cosines are above 0."""
     return decide((widen(logits).squeeze(-1) + 1) / 2, threshold)
 
 

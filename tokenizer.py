@@ -3,7 +3,7 @@
 BERT's vocabulary has about 30,000 word pieces. A frequent word is one piece. A rare word is split into several pieces,
 and every piece but the first starts with "##". The vocabulary contains single letters too, so few words are unknown.
 
-A text goes through these steps, and each step is one function below:
+A text goes through these steps, and each step but the first is one function below:
     1. Cut out the special tokens that are written in the text, such as [MASK]. They stay as they are.
     2. normalize: clean the white space, put spaces around Chinese characters, remove accents and capitals.
     3. split_punctuation: split the text into words. Every punctuation mark is a word of its own.
@@ -120,7 +120,7 @@ def lower_case(text):
 
 
 def truncate_pair(a, b, room):
-    """Cut the longer of two sequences until both have `room` tokens in total, then cut both in turn.
+    """Cut the longer of two sequences down to the shorter one, then both in turn, to `room` tokens in total.
 
     The result is that of dropping tokens one by one from the end of the longer sequence. If both are cut and the room
     is odd, the originally longer one keeps the odd token, or b if both had the same length.
@@ -134,7 +134,7 @@ def pack(first, second, cls_id, sep_id, limit=None):
     """Add the special tokens: [CLS] A [SEP] for one text (second is None), [CLS] A [SEP] B [SEP] for a pair.
 
     `first` and `second` are lists of ids without special tokens. A limit cuts the texts until the result has at most
-    `limit` ids. This is the only place where a text loses tokens.
+    `limit` ids. Without a limit no token is lost.
     Returns (ids, segment ids); a segment id is 0 for [CLS] A [SEP] and 1 for B [SEP].
     """
     if second is None:

@@ -359,7 +359,7 @@ def test_only_the_first_process_writes(program, jobs, alone, size):
 
 def test_processes_with_other_flags_are_refused(jobs):
     for told in (*jobs[2], *jobs[3]):
-        assert told["differ"].startswith("flags: process 1 was given others")
+        assert told["differ"].startswith("flags differ between processes 0 and 1")
 
 
 def test_another_number_of_processes_is_refused(program, jobs):
