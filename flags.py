@@ -37,7 +37,7 @@ METHODS = [
 PRECISIONS = ("fp32", "bf16", "fp16")
 # Defaults of --slf for data/sample, whose epochs have 75 steps: with fewer or smaller steps an exit ends stage 1 at the
 # majority class. The learning rate was chosen for AdamW and a small BERT.
-SAMPLE_DEFAULTS = {"slf_epochs": 2.0, "lr": 2e-4, "epochs": 4}
+SAMPLE_DEFAULTS = {"slf_epochs": 2.5, "lr": 2.5e-4, "epochs": 3}
 # flags that --option evaluate may change, with the files' flags; it takes all other flags from the run
 EVALUATE_FLAGS = {"use_gpu", "data_dir", "eval_batch_size", "precision", "attention", "exit_policy", "exit_threshold"}
 

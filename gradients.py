@@ -37,22 +37,14 @@ BETA = 1e-2
 
 
 class Combiner:
-    """Base class: collects the losses of a step in `add`, then writes every parameter's gradient in `combine`.
+    """Base class. A subclass has `add(task, loss)`, which backpropagates one loss, and `combine()`.
 
-    After `combine`, `cosines` holds the cosines between the tasks' gradients, {"sst-para": 0-dim tensor}, for the
-    log; it stays empty for a rule that does not compare tasks. `generator` draws whatever is random in the rule.
+    `combine` writes the update's gradient into the parameters' .grad. After it, `cosines` holds the cosines between the
+    tasks' gradients, {"sst-para": 0-dim tensor}, for the log; it stays empty for a rule that does not compare tasks. `generator` draws whatever is random in the rule.
     """
 
     def __init__(self, parameters, generator=None):
         self.parameters, self.generator, self.cosines = list(parameters), generator, {}
-
-    def add(self, task, loss):
-        """Backpropagate one loss of a task."""
-        raise NotImplementedError
-
-    def combine(self):
-        """Write the update's gradient into the parameters' .grad."""
-        raise NotImplementedError
 
     def state_dict(self):
         """Tensors and numbers that a resumed run needs."""

@@ -7,13 +7,13 @@ from itertools import combinations
 
 import pytest
 import torch
-from tiny import weights_of
+from tiny import make_batch, weights_of
 
 from bert import BertModel
 from building import build, build_table, read_data
 from errors import InputError
 from flags import check_flags, parse_flags
-from multitask_classifier import TaskLoss, make_model, phase_steps, set_trainable, train_step
+from multitask_classifier import TaskLoss, make_model, pair_features, phase_steps, set_trainable, train_step
 from tokenizer import BertTokenizer
 
 EXTENSIONS = {
@@ -148,6 +148,43 @@ def test_exits_for_training_alone_have_no_learning_to_exit(program, start):
     """Sequential Layer Focus by itself trains exits to teach the layers, not to leave by."""
     assert set(make_parts(program, start, "--slf").terms) == {"loss"}
     assert set(make_parts(program, start, "--slf --early_exit").terms) == {"loss", "lte"}
+
+
+def test_the_schedule_multiplies_the_peak_learning_rate_and_not_the_last_one(program, start):
+    parts = make_parts(program, start, "")
+    phase = next(parts.plan())
+    optimizer = parts.make_optimizer(set_trainable(parts.model, phase, parts.trainable))
+    for step in phase_steps(parts, phase, 0.0)[:2]:
+        train_step(parts, optimizer, parts.terms, step, 0.5)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.0015, 0.0015]
+
+
+def test_a_frozen_bert_has_no_gradients_even_where_its_features_are_not_cached(program, start):
+    parts = make_parts(program, start, "--option pretrain --early_exit")
+    trained = set_trainable(parts.model, next(parts.plan()), parts.trainable)
+    assert trained and not any(name.startswith("bert.") for name in trained)
+
+
+def test_the_loss_of_a_task_is_the_weighted_sum_over_the_exits(program, start):
+    model = make_parts(program, start, "--early_exit").model.eval()
+    batch = make_batch(model.tasks["sts"], s=8)
+    outputs = model(batch, exits=(1, 2))
+    first, second = (batch.task.objective.loss(outputs.logits[i], batch.labels) for i in (1, 2))
+    loss = TaskLoss()(model, batch, outputs, {1: 0.5, 2: 3.0})
+    torch.testing.assert_close(loss, 0.5 * first + 3.0 * second)
+
+
+def test_pair_features_by_hand():
+    u, v = torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 1.0]])
+    assert pair_features(u, v, "uvd").tolist() == [[1, 2, 3, 1, 2, 1]]
+    assert pair_features(u, v, "uv").tolist() == [[1, 2, 3, 1]]
+
+
+def test_a_regression_head_starts_at_the_middle_of_the_labels(program, start):
+    heads = make_parts(program, start, "--para_loss mse --early_exit").model
+    for module in (heads.heads, heads.exits[0].heads):
+        assert (module["sts"].bias.item(), module["para"].bias.item()) == (2.5, 0.5)
+        assert module["sst"].bias.tolist() == [0.0] * 5
 
 
 def test_a_cosine_is_trained_on_what_it_answers_with(program, start):
