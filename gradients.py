@@ -40,7 +40,8 @@ class Combiner:
     """Base class. A subclass has `add(task, loss)`, which backpropagates one loss, and `combine()`.
 
     `combine` writes the update's gradient into the parameters' .grad. After it, `cosines` holds the cosines between the
-    tasks' gradients, {"sst-para": 0-dim tensor}, for the log; it stays empty for a rule that does not compare tasks. `generator` draws whatever is random in the rule.
+    tasks' gradients, {"sst-para": 0-dim tensor}, for the log; it stays empty for a rule that does not compare tasks.
+    `generator` draws whatever is random in the rule.
     """
 
     def __init__(self, parameters, generator=None):
