@@ -418,7 +418,7 @@ MUTANTS = [
             "start = (low + high) / 2",
             "start = 0.0",
             "The similarity head starts at 0 instead of the middle of the range.",
-            "tasks parallel",
+            "methods",
         ),
         (
             "tasks-header",
@@ -598,7 +598,7 @@ MUTANTS = [
             'group["lr"] = group["initial_lr"] * multiplier',
             'group["lr"] = group["lr"] * multiplier',
             "The schedule multiplies the last learning rate instead of the initial one.",
-            "program",
+            "methods",
         ),
         # --- runs.py ---
         (
@@ -616,7 +616,7 @@ MUTANTS = [
             "parameter.requires_grad_(name in allowed and id(parameter) in chosen)",
             "parameter.requires_grad_(id(parameter) in chosen)",
             "BERT trains although --option pretrain or an adapter freezes it.",
-            "program:pretrain",
+            "methods",
         ),
         (
             "loop-new-optimizer",
@@ -674,7 +674,7 @@ MUTANTS = [
             "sum(w * batch.task.objective.loss(",
             "sum(batch.task.objective.loss(",
             "The task's loss ignores the weights of the exits.",
-            "early_exit methods program",
+            "methods",
         ),
         (
             "model-exit-pooler",
@@ -698,7 +698,7 @@ MUTANTS = [
             "[u, v, (u - v).abs()]",
             "[u, v, u - v]",
             "The third siamese feature is u - v instead of |u - v|.",
-            "program",
+            "methods",
         ),
         (
             "model-head-dropout",
