@@ -450,11 +450,11 @@ def test_each_kind_of_device_has_its_own_generator_for_dropout(monkeypatch):
             source, "set_rng_state", lambda state, kind=kind, **place: called.append((kind, "set", *place.values()))
         )
     for name in ("cuda:1", "mps"):
-        get_state, set_state = bert.dropout_state(torch.device(name))
+        get_state, set_state = base_bert.dropout_state(torch.device(name))
         set_state(get_state())
     first = torch.device("cuda:1")
     assert called == [("cuda", "get", first), ("cuda", "set", first), ("mps", "get"), ("mps", "set")]
-    assert bert.dropout_state(torch.device("cpu")) == (torch.get_rng_state, torch.set_rng_state)
+    assert base_bert.dropout_state(torch.device("cpu")) == (torch.get_rng_state, torch.set_rng_state)
 
 
 def test_dropout_is_the_identity_in_evaluation_and_at_zero():

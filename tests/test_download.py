@@ -132,9 +132,10 @@ def test_a_killed_run_costs_the_file_in_flight(server, folder, tmp_path, number)
     """The process stops while half of the last file is on the disk. A killed one cannot tidy up: the next run does."""
     server.stalled = {"model.safetensors"}
     program = f"""
-import sys, pathlib
+import sys, pathlib, signal
 sys.path.insert(0, {str(PROGRAM.parent)!r})
 import download
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs with SIGINT ignored
 download.ROOT = pathlib.Path({str(tmp_path)!r})
 download.BERT_BASE_URL, download.BERT_BASE_FILES = {server.url!r}, {table(MODEL)!r}
 download.run_script(lambda: download.main(["bert-base"]))

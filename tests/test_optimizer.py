@@ -464,9 +464,17 @@ def test_the_record_of_layer_decay(capsys):
         with pytest.raises(SystemExit):
             parser.parse_args(["--layer_decay", text])
         assert "--layer_decay" in capsys.readouterr().err
-    for decay, option, applies in ((0.9, "pretrain", True), (1.0, "pretrain", False), (0.9, "finetune", False)):
-        [(conflict, sentence)] = LAYER_DECAY.conflicts({"layer_decay": decay, "option": option}, set())
-        assert conflict == applies and "--layer_decay" in sentence and "--option pretrain" in sentence
+    usual = {"layer_decay": 0.9, "option": "finetune", "adapter": ["none"], "train_backbone": False}
+    for flags, refused in (
+        ({}, ""),
+        ({"option": "pretrain"}, "--option pretrain"),
+        ({"option": "pretrain", "layer_decay": 1.0}, ""),
+        ({"adapter": ["lora"]}, "--train_backbone"),
+        ({"adapter": ["lora"], "train_backbone": True}, ""),
+    ):
+        sentences = [sentence for applies, sentence in LAYER_DECAY.conflicts(usual | flags, set()) if applies]
+        assert all("--layer_decay" in sentence and refused in sentence for sentence in sentences)
+        assert len(sentences) == bool(refused)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
