@@ -178,7 +178,7 @@ PARTS = {
         equivalents=("early_exit.Exit.pool",),
         checks=(
             Check(
-                "sum",
+                "lookup",
                 2,
                 "the embeddings of a batch",
                 "BertModel.embed: h_0 = LN(word + position + segment), then dropout (Devlin et al. 2019, section 3)",
