@@ -24,10 +24,7 @@ import traceback
 
 import numpy
 import safetensors.torch
-import scipy.stats
-import sklearn.metrics
 import torch
-import torch._dynamo
 
 ERROR, GIVEN = "error", "given "  # keys of a frame that are no results
 LENGTH = struct.Struct("!Q")
@@ -135,6 +132,9 @@ def serve(control, shared):
 
 
 if __name__ == "__main__":
+    # what the modules import at their first use: to import it in each fork would take longer than the checks
+    for library in ("scipy.stats", "sklearn.metrics", "torch._dynamo"):
+        importlib.import_module(library)
     torch.set_num_threads(1)
     numpy.seterr(all="ignore")
     control = socket.socket(fileno=int(sys.argv[1]))

@@ -8,19 +8,21 @@ grading. A check without a result has no points.
 In a starter copy there is no reference. The results of the reference for one seed are in EXPECTED instead.
 """
 
+import ast
 import atexit
 import compileall
 import contextlib
 import functools
 import json
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import safetensors
@@ -197,29 +199,36 @@ def reference_results(part, seed):
 
 
 @functools.cache
+def recorded():
+    """Return what a starter copy records of its original: the parts to write, and the signatures of the blanks."""
+    with safetensors.safe_open(EXPECTED, "pt") as file:
+        return json.loads(file.metadata()["original"])
+
+
+@functools.cache
 def signatures():
     """Return the signatures of the original blanks: {function: signature}."""
     if EXPECTED.exists():
-        with safetensors.safe_open(EXPECTED, "pt") as file:
-            return json.loads(file.metadata()["signatures"])
-    names = [name for part in PARTS.values() for name in part.blanks]
-    trees = {}
-    for module in {split_name(name)[0] for name in names}:
-        import ast
+        return recorded()["signatures"]
+    found = {}
+    for part in PARTS.values():
+        for name in part.blanks:
+            module, inner = split_name(name)
+            tree = ast.parse((ROOT / f"{module}.py").read_text(encoding="utf-8"))
+            found[name] = signature(definition(tree, inner))
+    return found
 
-        trees[module] = ast.parse((ROOT / f"{module}.py").read_text(encoding="utf-8"))
-    return {name: signature(definition(trees[split_name(name)[0]], split_name(name)[1])) for name in names}
 
-
-def write_expected(path):
-    """Write the results of the reference for the public seed, and the signatures of the blanks, for a starter copy."""
+def write_expected(path, parts):
+    """Write what a starter copy needs of the reference: its results for the public seed, the signatures of the blanks."""
     tensors = {
         f"{part}/{check}/{size}/{name}": tensor
         for part in PARTS
         for (check, size), frame in reference_results(part, PUBLIC_SEED).items()
         for name, tensor in frame.items()
     }
-    safetensors.torch.save_file(tensors, path, metadata={"signatures": json.dumps(signatures())})
+    original = {"parts": parts, "signatures": signatures()}
+    safetensors.torch.save_file(tensors, path, metadata={"original": json.dumps(original)})
 
 
 # --- comparing ------------------------------------------------------------------------------------------------------
@@ -244,38 +253,33 @@ def show(tensor):
     """Return a short text for a result."""
     if tensor.dtype == torch.uint8:
         return as_text(tensor)
-    if tensor.numel() > SHOWN:
-        numbers = ", ".join(f"{value:.5g}" for value in tensor.flatten()[:SHOWN].tolist())
-        return f"shape {list(tensor.shape)}, first numbers {numbers}"
     if tensor.is_floating_point():
-        tensor = tensor.double()
-    text = str(_rounded(tensor.tolist()))
-    return text if tensor.dim() < 2 else f"{text}  {list(tensor.shape)}"
+        tensor = (tensor.double() * 1e5).round() / 1e5
+    if tensor.numel() > SHOWN:
+        return f"shape {list(tensor.shape)}, first numbers {tensor.flatten()[:SHOWN].tolist()}"
+    return f"{tensor.tolist()}" + (f", shape {list(tensor.shape)}" if tensor.dim() > 1 else "")
 
 
-def _rounded(value):
-    return (
-        [_rounded(v) for v in value] if isinstance(value, list) else value if isinstance(value, bool) else _short(value)
-    )
+def explain_error(part, text, hint):
+    """Return the report of a check that raised an error. A blank is no mistake, so it needs no hint."""
+    blank = re.match(r"NotImplementedError: part (\w+): write ([\w.]+)", text)
+    if not blank:
+        return f"{text}\n{hint}"
+    if blank[1] != part:
+        return f"this check runs {blank[2]} of part {blank[1]}, which is not written yet"
+    return f"{blank[2]} is not written yet"
 
 
-def _short(value):
-    return round(value, 5) if isinstance(value, float) else value
-
-
-def mismatch(frame, expected):
-    """Return the report of one case, or an empty text if the results agree."""
-    if ERROR in frame:
-        return as_text(frame[ERROR])
-    for name in expected:
-        if name.startswith(GIVEN):
-            continue
+def explain_difference(frame, expected):
+    """Return the first result that differs, with the inputs of this case; an empty text if none does."""
+    for name in (name for name in expected if not name.startswith(GIVEN)):
         if name not in frame:
             return f"{name} is missing"
         if not equal(frame[name], expected[name]):
             given = [f"{key}: {show(value)}" for key, value in expected.items() if key.startswith(GIVEN)]
-            pair = [f"computed {name}: {show(frame[name])}", f"expected {name}: {show(expected[name])}"]
-            return "\n".join([*given, *pair])
+            return "\n".join(
+                [*given, f"computed {name}: {show(frame[name])}", f"expected {name}: {show(expected[name])}"]
+            )
     return ""
 
 
@@ -284,12 +288,16 @@ def compare(part, frames, sentence, seed):
     expected, results = reference_results(part, seed), []
     received = dict(zip([(check, size) for check, _, size in cases_of(part, seed)], frames, strict=False))
     for check in PARTS[part].checks:
-        output = ""
-        for size in range(SIZES):
+        output, hint = "", f"look at {check.hint}"
+        for size in range(SIZES):  # the smallest case first: the report shows only the first one that differs
             frame = received.get((check.name, size))
-            report = f"no result: {sentence}" if frame is None else mismatch(frame, expected[check.name, size])
-            if report:
-                output = f"{report}\nlook at {check.hint}"
+            if frame is None:
+                output = f"no result: {sentence}\n{hint}"
+            elif ERROR in frame:
+                output = explain_error(part, as_text(frame[ERROR]), hint)
+            elif difference := explain_difference(frame, expected[check.name, size]):
+                output = f"{difference}\n{hint}"
+            if output:
                 break
         results.append(Result(part, check, output))
     return results
@@ -301,19 +309,22 @@ def compare(part, frames, sentence, seed):
 def grade_part(part, submission, seed=PUBLIC_SEED, seconds=SECONDS):
     """Grade one part of a student's folder: one Result for each check."""
     try:
-        modules = transplant(part, Path(submission), signatures())
+        modules, notes = transplant(part, Path(submission), signatures())
     except Refused as refusal:
         return [Result(part, check, f"not graded: {refusal}") for check in PARTS[part].checks]
-    return compare(part, *runner().run(part, modules, cases_of(part, seed), seconds), seed)
+    results = compare(part, *runner().run(part, modules, cases_of(part, seed), seconds), seed)
+    # where points are missing, a change that was not taken over may be the reason
+    return [
+        replace(result, output="\n".join([result.output, *notes])) if result.output else result for result in results
+    ]
 
 
 def report(results):
     """Return the lines of one part's report."""
     part = results[0].part
     lines = [f"{part:<12}{sum(r.points for r in results):>4} of {PARTS[part].points:<4}{PARTS[part].title}"]
-    outputs = {result.output for result in results}
-    if len(outputs) == 1 and results[0].output.startswith("not graded"):
-        return [*lines, f"  {results[0].output}"]  # one sentence for the part
+    if results[0].output and len({result.output for result in results}) == 1:
+        return [*lines, f"  {results[0].output}"]  # one sentence for all checks
     for result in results:
         if result.output:
             lines.append(f"  failed  {result.check.name} ({result.check.points}): {result.check.title}")
@@ -347,7 +358,7 @@ def grade(submission, parts=(), seed=PUBLIC_SEED, seconds=SECONDS, results_path=
     if not Path(submission).is_dir():
         raise InputError(f"{submission}: no such folder: give the folder with the student's .py files")
     results = []
-    for part in parts or PARTS:
+    for part in parts or (recorded()["parts"] if EXPECTED.exists() else PARTS):
         results += (of_part := grade_part(part, submission, seed, seconds))
         print("\n".join(report(of_part)), flush=True)
     points, possible = sum(r.points for r in results), sum(r.check.points for r in results)

@@ -174,8 +174,12 @@ PARTS = {
     "embeddings": Part(
         "Embeddings, mask and pooler",
         30,
-        blanks=("bert.BertModel.embed", "bert.BertModel.extend_mask", "bert.BertModel.pool"),
-        equivalents=("early_exit.Exit.pool",),
+        blanks=(
+            "bert.BertModel.embed",
+            "bert.BertModel.extend_mask",
+            "bert.BertModel.pool",
+            "early_exit.Exit.pool",
+        ),
         checks=(
             Check(
                 "lookup",
@@ -199,8 +203,8 @@ PARTS = {
             Check(
                 "pooler",
                 2,
-                "the sentence vector",
-                "BertModel.pool: pooled = tanh(W_P h_L[first token] + b_P)",
+                "the sentence vectors of the model and of an exit",
+                "BertModel.pool, Exit.pool: pooled = tanh(W_P h[first token] + b_P), each with its own W_P and b_P",
             ),
         ),
     ),

@@ -39,11 +39,12 @@ the course's grader takes your functions into its own copy, and runs the same ch
 
 def table(parts):
     """Return the rows of the README's table."""
-    return "\n".join(
-        f"| {name} | {part.title} | {part.points} | {part.minutes} | {', '.join(f'`{blank}`' for blank in part.blanks)} |"
-        for name, part in PARTS.items()
-        if name in parts
-    )
+    rows = []
+    for name in parts:
+        part = PARTS[name]
+        blanks = ", ".join(f"`{blank}`" for blank in part.blanks)
+        rows.append(f"| {name} | {part.title} | {part.points} | {part.minutes} | {blanks} |")
+    return "\n".join(rows)
 
 
 def write_starter(out, parts):
@@ -57,6 +58,7 @@ def write_starter(out, parts):
     if out.exists():
         raise InputError(f"{out} exists: give a new folder")
     out.mkdir(parents=True)
+    parts = [part for part in PARTS if part in parts]  # in the table's order
     sentences = left_out(parts)
     for path in sorted(ROOT.glob("*.py")):
         text = path.read_text(encoding="utf-8")
@@ -66,4 +68,4 @@ def write_starter(out, parts):
     for name in FOLDERS:
         shutil.copytree(ROOT / name, out / name, ignore=shutil.ignore_patterns("__pycache__", "gradescope"))
     (out / "README.md").write_text(README.format(rows=table(parts)), encoding="utf-8")
-    write_expected(out / EXPECTED.relative_to(ROOT))
+    write_expected(out / EXPECTED.relative_to(ROOT), parts)

@@ -220,6 +220,20 @@ class Transplant:
         target.body = function.body
         self.placed.append(target)
 
+    def notes(self):
+        """Return a sentence if the student has changed what the copy does not take over."""
+        pairs = []
+        for name, ours in self.ours.items():
+            theirs = self.theirs.get(name)
+            if isinstance(ours, ast.ClassDef) and isinstance(theirs, ast.ClassDef):
+                inner = top_level(theirs)
+                pairs += [(f"{name}.{key}", inner.get(key), node) for key, node in top_level(ours).items()]
+            elif not isinstance(ours, ast.Import | ast.ImportFrom):
+                pairs.append((name, theirs, ours))
+        known = {*self.parts_names, *self.moved}
+        changed = [name for name, a, b in pairs if name not in known and (a is None or not same(a, b))]
+        return [f"note: {self.file}: the grader uses the original {', '.join(changed)}"] if changed else []
+
     def finish(self):
         """Rename what clashes, add what was taken over, and return the text of the module."""
         rename = Rename(self.renamed)
@@ -249,12 +263,12 @@ def read(folder, module):
 
 
 def transplant(part, submission, signatures):
-    """Return the modules that differ from the project's in the copy that grades a part: {module: text}.
+    """Return the modules that differ from the project's in the copy that grades a part: {module: text}, and notes.
 
-    `signatures` is {function: signature} of the original blanks.
+    A note names what the student has changed elsewhere. `signatures` is {function: signature} of the original blanks.
     Raises: Refused if something cannot be taken over.
     """
-    modules = {}
+    modules, notes = {}, []
     for module, sentences in left_out([part]).items():
         text = read(ROOT, module)
         if module in PARTS[part].modules:
@@ -269,6 +283,7 @@ def transplant(part, submission, signatures):
                 owner, inner = split_name(name)
                 if owner == module:
                     work.replace(inner, signatures[name])
+            notes += work.notes()
             text = work.finish()
         modules[module] = text
-    return modules
+    return modules, notes

@@ -21,7 +21,7 @@ def extended(mask):
 
 def heads(draw):
     """Cut a tensor of numbered cells into heads; join such heads again."""
-    config = draw.config()
+    config = draw.config(heads=2 + draw.size)
     module, k = BertSelfAttention(config, "plain"), config.hidden_size // config.num_attention_heads
     b, s = draw.number(1, 1 + draw.size), draw.number(2, 3 + draw.size)
     x = torch.arange(b * s * config.hidden_size, dtype=torch.float64).view(b, s, -1)

@@ -61,11 +61,11 @@ class Draw:
                 parameter.copy_(0.4 * torch.from_numpy(self.rng.standard_normal(parameter.shape)))
         return module
 
-    def config(self, layers=2):
-        """Return the configuration of a tiny BERT without dropout."""
+    def config(self, layers=2, heads=None):
+        """Return the configuration of a tiny BERT without dropout: one head in the smallest case, more in others."""
         from base_bert import BertConfig
 
-        heads = self.number(1, 1 + self.size)
+        heads = heads or 1 + min(self.size, 1) * self.number(1, 2)
         hidden = heads * self.number(2, 3)
         return BertConfig(
             vocab_size=20,

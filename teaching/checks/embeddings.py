@@ -3,6 +3,7 @@
 import torch
 
 from bert import BertModel
+from early_exit import Exit
 
 from .common import Scale, call
 
@@ -53,8 +54,9 @@ def mask(draw):
 
 
 def pooler(draw):
-    """Pool a hidden state."""
+    """Pool a hidden state with the model's pooler and with an exit's."""
     model = draw_model(draw)
     h = draw.normal(draw.number(1, 1 + draw.size), draw.number(2, 3 + draw.size), model.config.hidden_size)
     draw.show(h=h, W=model.pooler_dense.weight, b=model.pooler_dense.bias)
-    return {"pool": model.pool(h)}
+    early = draw.randomise(Exit(model, torch.nn.ModuleDict, True))
+    return {"BertModel.pool": model.pool(h), "Exit.pool": early.pool(h)}
