@@ -66,7 +66,8 @@ class Draw:
         from base_bert import BertConfig
 
         heads = heads or 1 + min(self.size, 1) * self.number(1, 2)
-        hidden = heads * self.number(2, 3)
+        # LayerNorm turns two numbers into 1 and -1, whatever they are, so a hidden size below 4 would hide mistakes
+        hidden = heads * (self.number(2, 3) if heads > 1 else self.number(4, 5))
         return BertConfig(
             vocab_size=20,
             hidden_size=hidden,
