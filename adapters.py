@@ -261,7 +261,7 @@ class Adapters(nn.Module):
         return adapt
 
 
-def build_adapters(config, task_names, kinds, size=None, generator=None):
+def make_adapters(config, task_names, kinds, size=None, generator=None):
     """Make the adapters of some kinds for every layer and task, drawn from the generator.
 
     `kinds` are names of KINDS: one, and any addable ones. `size` overrides the sizes above (runs saved by earlier
@@ -343,7 +343,7 @@ def add_flags(group):
     group.add_argument("--train_backbone", action="store_true", help="train BERT along with the adapters")
 
 
-def conflicts(flags, given):
+def conflicts(flags, typed):
     """List the combinations of flags that make no sense."""
     chosen = flags["adapter"]
     is_on = chosen != ["none"]
@@ -362,13 +362,13 @@ def conflicts(flags, given):
     ]
 
 
-def make_adapters(flags, config, task_names, generator):
-    """Make the adapters that --adapter names, or None."""
+def build_chosen(flags, config, task_names, generator):
+    """Build the adapters that --adapter names, or None."""
     if flags["adapter"] == ["none"]:
         return None
     # a flag of earlier versions, which their saved runs recorded
     size = flags.get("adapter_size")
-    return build_adapters(config, task_names, flags["adapter"], size, generator)
+    return make_adapters(config, task_names, flags["adapter"], size, generator)
 
 
 def trains(flags, model):
@@ -382,6 +382,6 @@ ADAPTERS = Method(
     title="adapters (layer-level adaptations 2.1, 3.2; LoRA)",
     add_flags=add_flags,
     conflicts=conflicts,
-    adapters=make_adapters,
+    adapters=build_chosen,
     trains=trains,
 )

@@ -24,7 +24,7 @@ from base_bert import BertConfig
 from datasets import SPLITS, find_data_dir, read_dataset, report
 from early_exit import EXIT_WEIGHTS, ExitSettings, choose_policies, exit_threshold
 from errors import InputError, smaller, spare_memory
-from flags import METHODS, SAMPLE_DEFAULTS, encoding, per_task
+from flags import METHODS, PRECISIONS, SAMPLE_DEFAULTS, encoding, per_task
 from gradients import COMBINERS
 from methods import positive, positive_int
 from optimizer import OPTIMIZERS, SCHEDULES, parameter_groups
@@ -43,10 +43,9 @@ LEARNING_RATES = {
     "rmsprop": {"finetune": (1e-4, 1e-5), "pretrain": (1e-3, 1e-3), "adapter": (2e-3, 3e-4)},
     "sgd": {"finetune": (0.3, 1e-2), "pretrain": (1e-1, 1e-1), "adapter": (1e-1, 1e-1)},
 }
-# --max_length: the shortest has room for the special tokens of any pair encoding and one word. LONGEST is the default,
+# --max_length: MIN_LENGTH has room for the special tokens of any pair encoding and one word. MAX_LENGTH is the default,
 # where the weights allow it.
-SHORTEST, LONGEST = 5, 512
-PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
+MIN_LENGTH, MAX_LENGTH = 5, 512
 # what --compile uses, and how many variants of a layer it may translate
 COMPILER, TRANSLATIONS = "inductor", 128
 # glibc's names for the sizes from which it gives freed memory back, and the largest sizes that it takes (before 2.35)
@@ -69,7 +68,7 @@ class Settings:
     batch_size: int
     accumulate: int
     eval_batch_size: int
-    split: str
+    data_split: str
     sampler: str
     all_tasks: bool  # whether every step has a batch of each task
     task_weights: dict
@@ -182,12 +181,12 @@ class Inputs:
         }
 
 
-def read_inputs(flags, given, config=None):
+def read_inputs(flags, typed, config=None):
     """Read and check weights and data. `config` is that of the run to resume, or None.
 
     Raises: InputError where they do not fit together, or are not those of the run to resume.
     """
-    recorded = config and "weights" not in given
+    recorded = config and "weights" not in typed
     weights = Path(config["weights"]["folder"]) if recorded else find_weights(flags["weights"])
     print(f"weights: {weights}")
     tasks, sizes = build_table(flags), BertConfig.from_json(weights / "config.json")
@@ -195,7 +194,7 @@ def read_inputs(flags, given, config=None):
     check_fits(flags, tasks, sizes, weights)
     data, files, is_sample = read_data(flags, tasks, BertTokenizer.from_pretrained(weights))
     if is_sample and not config:
-        flags = fill_sample_defaults(flags, given, sizes)
+        flags = fill_sample_defaults(flags, typed, sizes)
     data_hashes = {name: sha256(path) for name, path in files.items()}
     parallel.check_same("flags", {name: flags[name] for name in flags.keys() - {"data_dir", "weights"}})
     parallel.check_same("data files", data_hashes)
@@ -214,16 +213,16 @@ def fill_weight_defaults(flags, weights, sizes):
     if flags["pooling"] == "auto":
         filled["pooling"], reason = pooling_of(weights)
         print(f"pooling: {filled['pooling']} ({reason})")
-    filled["max_length"] = flags["max_length"] or min(LONGEST, sizes.max_position_embeddings)
+    filled["max_length"] = flags["max_length"] or min(MAX_LENGTH, sizes.max_position_embeddings)
     return filled
 
 
-def fill_sample_defaults(flags, given, sizes):
+def fill_sample_defaults(flags, typed, sizes):
     """Choose what suits --slf on the few sentences of data/sample, where the user did not; print what differs."""
     suits = flags["slf"] and flags["optimizer"] == "adamw" and flags["adapter"] == ["none"]
     if not suits or sizes.hidden_size > SMALL:
         return flags
-    changed = {name: value for name, value in SAMPLE_DEFAULTS.items() if name not in given}
+    changed = {name: value for name, value in SAMPLE_DEFAULTS.items() if name not in typed}
     if changed:
         settings = " ".join(f"--{name} {value:g}" for name, value in changed.items())
         print(f"sample data: {settings}, instead of the defaults for the course's data (--help)")
@@ -241,24 +240,24 @@ def check_fits(flags, tasks, config, weights):
             f"--pairs: {weights} has one kind of segment (type_vocab_size 1), {packed[0]} packs two: "
             f"use --pairs {' '.join(f'{name}=siamese' for name in packed)}"
         )
-    if not SHORTEST <= flags["max_length"] <= config.max_position_embeddings:
+    if not MIN_LENGTH <= flags["max_length"] <= config.max_position_embeddings:
         raise InputError(
-            f"--max_length {flags['max_length']}: give a length from {SHORTEST} to "
+            f"--max_length {flags['max_length']}: give a length from {MIN_LENGTH} to "
             f"{config.max_position_embeddings}, the positions of {weights}"
         )
 
 
 def read_data(flags, tasks, tokenizer):
     """All datasets of a run: {task: {split: Dataset}}, {"task split": path}, and whether they are the sample."""
-    given = {(name, split): flags[f"{name}_{split}"] for name in tasks for split in SPLITS}
-    wanted = {key: tasks[key[0]].file(key[1]) for key, path in given.items() if not path}
+    paths = {(name, split): flags[f"{name}_{split}"] for name in tasks for split in SPLITS}
+    wanted = {key: tasks[key[0]].file(key[1]) for key, path in paths.items() if not path}
     folder, is_sample = None, False
     if wanted:
-        folder, is_sample = find_data_dir(flags["data_dir"], wanted.values(), may_be_sample=len(wanted) == len(given))
+        folder, is_sample = find_data_dir(flags["data_dir"], wanted.values(), may_be_sample=len(wanted) == len(paths))
         if is_sample:
             print(f"data: no course data in data/, so the sample in {folder.parent.name}/sample (./setup.sh --data)")
     data, files = {name: {} for name in tasks}, {}
-    for (name, split), path in given.items():
+    for (name, split), path in paths.items():
         path = Path(path) if path else folder / wanted[name, split]
         data[name][split] = read_dataset(tasks[name], path, tokenizer, flags["max_length"], labelled=split != "test")
         files[f"{name} {split}"] = path
@@ -295,7 +294,7 @@ def cache_features(model, dataset, batch_size, precision):
 # --- the slots ----------------------------------------------------------------------------------------------------
 
 
-def needs(flags):
+def needs_of_methods(flags):
     """What the methods that are on need, together.
 
     "exits": an exit after every layer is built. "embeddings": a loss term looks at the embeddings, so that the
@@ -331,7 +330,7 @@ def build_trainable(flags, model):
 
 
 def build_terms(flags, model, terms):
-    """The loss terms: those given, then those of the methods that are on."""
+    """The loss terms: those in `terms`, then those of the methods that are on."""
 
     def noise(purpose):
         # a generator for each purpose, so that a method does not change the random numbers of the rest
@@ -347,7 +346,7 @@ def build_terms(flags, model, terms):
 
 def build_plan(flags, depth):
     """The training plan, as a function that starts it anew."""
-    cycle = EXIT_WEIGHTS[flags["exit_loss"]](depth) if "exits" in needs(flags) else ({depth: 1.0},)
+    cycle = EXIT_WEIGHTS[flags["exit_loss"]](depth) if "exits" in needs_of_methods(flags) else ({depth: 1.0},)
     plan = partial(plain, flags["epochs"], cycle, flags["epoch_size"])
     for method in METHODS:
         plan = method.plan(flags, depth, plan)
@@ -388,13 +387,13 @@ def build(flags, model, data, device, terms):
     precision = Precision(device, make_autocast(flags["precision"], device), scaler)
     rows = choose_rows(data, per_task(flags["train_rows"], "--train_rows", list(data), positive_int), flags["seed"])
     kind, trainable = build_trainable(flags, model)
-    if kind == "pretrain" and not needs(flags) & {"exits", "embeddings"}:
+    if kind == "pretrain" and not needs_of_methods(flags) & {"exits", "embeddings"}:
         size = flags["eval_batch_size"]
         data = {
             name: {split: cache_features(model, dataset, size, precision) for split, dataset in splits.items()}
             for name, splits in data.items()
         }
-    all_tasks = flags["step"] == "all_tasks" or "all_tasks" in needs(flags)
+    all_tasks = flags["step"] == "all_tasks" or "all_tasks" in needs_of_methods(flags)
     weights = per_task(flags["task_weights"], "--task_weights", list(data), positive)
     order = torch.Generator().manual_seed(flags["seed"])
     return Parts(
@@ -411,7 +410,7 @@ def build(flags, model, data, device, terms):
             batch_size=flags["batch_size"],
             accumulate=flags["accumulate"],
             eval_batch_size=flags["eval_batch_size"],
-            split=flags["split"],
+            data_split=flags["split"],
             sampler=flags["sampler"],
             all_tasks=all_tasks,
             task_weights=dict.fromkeys(data, 1.0) | weights,

@@ -39,7 +39,7 @@ MAX_UNUSABLE = 0.01
 class Batch:
     """Some rows of one task, padded to the longest of them.
 
-    Shapes: each segment is (input_ids [b,s], mask [b,s], types [b,s]); labels [b] or None; features [b,w] or None.
+    Shapes: each segment is (input_ids, mask, segment_ids), each [b,s]; labels [b] or None; features [b,w] or None.
     With `features` there are no segments: they are the cached states of a frozen BERT, the input of the head.
     `share` is (positions of these rows, n) in the batch of n rows that all processes share.
     """

@@ -40,8 +40,8 @@ THRESHOLD_ROOM = 1e-6
 class Predictions:
     """Predictions for rows of one dataset, in the order of `rows`.
 
-    Shapes: rows, values, exits [n]; outputs [n,o]; probabilities [n,classes], or None for a regression.
-    Units: values are class indices or label units; exits count executed layers.
+    Shapes: rows, values, layers [n]; outputs [n,o]; probabilities [n,classes], or None for a regression.
+    Units: values are class indices or label units; layers counts the executed ones.
     """
 
     data: object
@@ -49,7 +49,7 @@ class Predictions:
     values: np.ndarray
     outputs: np.ndarray
     probabilities: np.ndarray | None
-    exits: np.ndarray
+    layers: np.ndarray
 
 
 @dataclass
@@ -82,7 +82,7 @@ class AtExit:
 
 
 @torch.no_grad()
-def run_batches(model, data, rows, function, batch_size, precision, progress):
+def run_batches(model, data, rows, function, batch_size, precision, show_bar):
     """Apply `function(model, batch)`, which returns a tuple of tensors [b,...], to rows of a dataset.
 
     Several processes share the batches, and each of them gets all results, in the order of `rows`.
@@ -95,7 +95,7 @@ def run_batches(model, data, rows, function, batch_size, precision, progress):
     starts = deal(range(0, len(rows), batch_size))
     # one autocast context for all batches casts the weights once; torch's inference mode would cast them every time
     with precision():
-        for start in tqdm(starts, f"predict {data.task.name}", disable=not progress, leave=False):
+        for start in tqdm(starts, f"predict {data.task.name}", disable=not show_bar, leave=False):
             batch = data.batch(rows[order[start : start + batch_size]]).to(device)
             results.append(function(model, batch))
     model.train(was_training)
@@ -105,7 +105,7 @@ def run_batches(model, data, rows, function, batch_size, precision, progress):
     return tuple(torch.cat(parts).cpu()[back] for parts in zip(*gather_batches(results), strict=True))
 
 
-def predict(model, data, rows=None, batch_size=32, infer=AtExit(), precision=nullcontext, progress=False):
+def predict(model, data, rows=None, batch_size=32, infer=AtExit(), precision=nullcontext, show_bar=False):
     """Predict rows of a dataset (by default all), with the model in evaluation mode.
 
     `infer(model, batch, batch_size)` returns (outputs, executed layers) of a batch of `infer.batches_at_once` times
@@ -118,19 +118,20 @@ def predict(model, data, rows=None, batch_size=32, infer=AtExit(), precision=nul
 
     with spare_memory(smaller("--eval_batch_size", batch_size)):
         at_once = infer.batches_at_once * batch_size
-        outputs, exits = run_batches(model, data, rows, infer_batch, at_once, precision, progress)
+        outputs, layers = run_batches(model, data, rows, infer_batch, at_once, precision, show_bar)
     outputs = outputs.float()  # [n,o]
-    values, probabilities = task.objective.decode(outputs, model.threshold(task.name))
+    values, probabilities = task.objective.decode(outputs, model.decision_threshold(task.name))
     probabilities = None if probabilities is None else probabilities.numpy()
-    return Predictions(data, rows, values.numpy(), outputs.numpy(), probabilities, exits.numpy())
+    return Predictions(data, rows, values.numpy(), outputs.numpy(), probabilities, layers.numpy())
 
 
-def predict_exits(model, data, rows=None, batch_size=32, precision=nullcontext, progress=False):
+def predict_exits(model, data, rows=None, batch_size=32, precision=nullcontext, show_bar=False):
     """Predict rows of a dataset (by default the usable ones) with every exit, in one full pass. Returns AllExits."""
     rows, task = data.usable if rows is None else np.asarray(rows), data.task
     with spare_memory(smaller("--eval_batch_size", batch_size)):
-        outputs, confidence, lte = run_batches(model, data, rows, every_exit, batch_size, precision, progress)
-    values, _ = task.objective.decode(outputs.flatten(0, 1), model.threshold(task.name))  # [n,L,o] to [n * L,o]
+        outputs, confidence, lte = run_batches(model, data, rows, every_exit, batch_size, precision, show_bar)
+    # the outputs of all exits are decoded at once: [n,L,o] to [n * L,o]
+    values, _ = task.objective.decode(outputs.flatten(0, 1), model.decision_threshold(task.name))
     values = values.view_as(lte).numpy()  # [n,L]
     return AllExits(task, rows, data.labels[rows], values, confidence.numpy(), lte.numpy())
 
@@ -186,7 +187,7 @@ def score(predictions):
     task, labels = predictions.data.task, predictions.data.labels[predictions.rows]
     score_kind = score_regression if task.is_regression else score_classes
     metrics, warnings = score_kind(task, predictions.values, labels)
-    return metrics | {"mean_layers": float(predictions.exits.mean())}, warnings
+    return metrics | {"mean_layers": float(predictions.layers.mean())}, warnings
 
 
 def mean_norm(tasks, values):
@@ -213,7 +214,7 @@ def evaluate(model, datasets, **options):
     return summarise({name: data.task for name, data in datasets.items()}, metrics, warnings), predictions
 
 
-def fit_threshold(scores, labels):
+def fit_decision_threshold(scores, labels):
     """The decision threshold with the best accuracy, in the middle between two scores. Shapes: scores, labels [n].
 
     It is fitted on training rows, for a cosine: with a threshold of cos > 0 a model predicts 1 for every pair.
@@ -258,5 +259,5 @@ def write_predictions(folder, predictions, split):
         # test rows have no label
         gold = "" if np.isnan(data.labels[row]) else f"{data.labels[row]:g}"
         described = describe(predictions, i)
-        writer.writerow([data.identifier(row), *data.text(row), *described, gold, predictions.exits[i]])
+        writer.writerow([data.identifier(row), *data.text(row), *described, gold, predictions.layers[i]])
     write_whole(Path(folder) / f"{task.name}-{split}-readable.csv", table.getvalue())

@@ -52,14 +52,14 @@ def no_module(*arguments):
 
 @dataclass(frozen=True)
 class Method:
-    """One method of the papers. `flags` is {flag: value}; `given` is the set of flags that the user typed.
+    """One method of the papers. `flags` is {flag: value}; `typed` is the set of flags that the user typed.
 
     A method that is off returns nothing from its builders, so that the baseline stays bit-identical.
     """
 
     title: str  # heading of its flags in --help
     add_flags: Callable = nothing  # (argparse group)
-    conflicts: Callable = nothing  # (flags, given) -> pairs (applies, sentence)
+    conflicts: Callable = nothing  # (flags, typed) -> pairs (applies, sentence)
     needs: Callable = nothing  # (flags) -> some of "exits", "embeddings", "all_tasks"; see building.py
     terms: Callable = nothing  # (flags, model, noise) -> {name: LossTerm}; noise(purpose) -> torch.Generator
     plan: Callable = same_plan  # (flags, depth, plan so far) -> plan: a function that starts a generator of phases
@@ -68,9 +68,9 @@ class Method:
     rates: Callable = nothing  # (flags, model) -> {parameter name: factor of the learning rate}
 
 
-def belongs(given, names, is_on, owner):
+def belongs(typed, names, is_on, owner):
     """Conflicts for flags that make no sense while the flag that they belong to is off."""
-    return [(name in given and not is_on, f"--{name} belongs to {owner}") for name in names]
+    return [(name in typed and not is_on, f"--{name} belongs to {owner}") for name in names]
 
 
 def among_tasks(flags, name):
@@ -114,7 +114,7 @@ def positive(text):
     return value
 
 
-def share(text):
+def below_one(text):
     """A number from 0 to below 1."""
     value = at_least_zero(text)
     if value >= 1:

@@ -35,7 +35,7 @@ def make_parser():
     parser.add_argument("texts", nargs="*", metavar="TEXT", help="the text, or the two texts of a pair")
     parser.add_argument("--file", metavar="CSV", help="the course's format, tab separated; it needs no label column")
     parser.add_argument("--out", metavar="CSV", help="write texts and predictions to this file, instead of printing")
-    parser.add_argument("--precision", choices=PRECISIONS, help="default: the run's")
+    parser.add_argument("--precision", choices=tuple(PRECISIONS), help="default: the run's")
     parser.add_argument("--eval_batch_size", type=positive_int, help="texts at once; default: the run's")
     parser.add_argument("--use_gpu", action="store_true", help="work on CUDA or Apple's MPS where there is one")
     return parser
@@ -140,7 +140,7 @@ def main(argv=None):
         infer=run.infer,  # leaves early where the run was trained to
         batch_size=flags["eval_batch_size"],
         precision=make_autocast(flags["precision"], device),
-        progress=sys.stderr.isatty(),
+        show_bar=sys.stderr.isatty(),
     )
     if args.out:
         write_whole(args.out, prediction_table(predictions))

@@ -73,14 +73,14 @@ class LastLayers:
 class Phase:
     """A part of the training with one set of trainable parameters and one choice of exits.
 
-    `trainable(model)` lists the modules whose parameters move. `exit_weights` is a cycle of {exit layer: weight}, one
+    `modules(model)` lists the modules whose parameters move. `exit_weights` is a cycle of {exit layer: weight}, one
     entry for each batch of a task.
     """
 
     label: str
     fraction: float  # length in epochs
     exit_weights: tuple
-    trainable: Callable = everything
+    modules: Callable = everything
     # (k, n): number k, from 0, of n phases with one learning-rate schedule; they share an optimiser too, as long as
     # the same parameters train
     part: tuple = (0, 1)
@@ -199,7 +199,7 @@ def build_two_stage(flags, depth, plan):
     return partial(two_stage, flags["epochs"], depth, EXIT_WEIGHTS["joint"](depth)[-1], flags["epoch_size"])
 
 
-def check_two_stage(flags, given):
+def check_two_stage(flags, typed):
     """Conflicts of the two-stage plan: pairs (applies, sentence)."""
     on = flags["exit_loss"] == "two_stage"
     yield on and flags["slf"], "--exit_loss two_stage and --slf are both plans with a first stage: choose one"
@@ -219,7 +219,7 @@ def build_alternating(flags, depth, plan):
     return partial(smart_alternating, flags["epochs"], depth, joint, flags["epoch_size"])
 
 
-def check_alternating(flags, given):
+def check_alternating(flags, typed):
     """Conflicts of Smart Alternating: pairs (applies, sentence)."""
     kind = flags["exit_loss"]
     both = flags["smart_alternating"] and (kind == "two_stage" or len(EXIT_WEIGHTS[kind](2)) > 1)
@@ -232,14 +232,14 @@ def add_slf_flags(group):
     group.add_argument("--slf_epochs", type=positive, default=0.25, help="epochs per layer in stage 1 of --slf")
 
 
-def check_slf(flags, given):
+def check_slf(flags, typed):
     """Conflicts of Sequential Layer Focus: pairs (applies, sentence)."""
     frozen = flags["slf"] and flags["option"] == "pretrain"
     yield frozen, "--slf trains BERT layer by layer, --option pretrain freezes it"
-    yield from belongs(given, ["slf_epochs"], flags["slf"], "--slf")
+    yield from belongs(typed, ["slf_epochs"], flags["slf"], "--slf")
 
 
-def check_unfreezing(flags, given):
+def check_unfreezing(flags, typed):
     """Conflicts of gradual unfreezing: pairs (applies, sentence)."""
     on = flags["gradual_unfreezing"]
     yield on and flags["option"] == "pretrain", "--gradual_unfreezing trains BERT, --option pretrain freezes it"

@@ -60,7 +60,7 @@ class Objective:
     make_head: Callable
     start: float = 0.0  # a new head's bias, so its first output
     head_dropout: bool = True  # a cosine has none: dropout would shrink it by 1 - p, in training only
-    fit_threshold: bool = False  # whether the decision threshold is fitted on training rows
+    fits_threshold: bool = False  # whether the decision threshold is fitted on training rows
     needs_two_vectors: bool = False  # whether the head compares two sentence vectors (siamese pairs)
 
 
@@ -304,7 +304,7 @@ BERNOULLI = Objective(binary_cross_entropy, bernoulli_divergence, decode_bernoul
 FRACTION = Objective(squared_error, squared_difference, decode_fraction, linear_head(1), start=0.5)
 COSINE_SETTINGS = {"head_dropout": False, "needs_two_vectors": True}
 COSINE = Objective(
-    cosine_embedding, squared_difference, decode_cosine, cosine_head, fit_threshold=True, **COSINE_SETTINGS
+    cosine_embedding, squared_difference, decode_cosine, cosine_head, fits_threshold=True, **COSINE_SETTINGS
 )
 
 

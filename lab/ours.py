@@ -26,7 +26,7 @@ from lab.timing import Stopwatch, synchronize, timed
 from lab.workloads import HEAD_DROPOUT, LEARNING_RATE, SEED, TRAIN_BATCH, read_train_and_dev
 from multitask_classifier import TaskLoss, load_run, make_model, set_trainable, train
 from optimizer import AdamW, clip_gradients
-from runs import Progress, Recorder, RunFolder, snapshot
+from runs import History, Recorder, RunFolder, snapshot
 from slf import Phase
 from tokenizer import BertTokenizer
 
@@ -141,7 +141,7 @@ def our_epoch(setup, folder, precision, more=""):
             train(parts, recorder)
         synchronize(setup.device)
         total = time.perf_counter() - started
-    progress = recorder.progress
+    progress = recorder.history
     phases = {**watch.phases(), "train": progress.train_seconds, "evaluate": progress.eval_seconds}
     phases["save"] = max(0.0, total - progress.train_seconds - progress.eval_seconds)
     return phases, progress.last_scores["norm"]
@@ -213,7 +213,7 @@ def saving_calls(parts, batch, folder):
     optimizer.step()
 
     def save_last(_):
-        run.save_last(snapshot(parts, optimizer, Progress()))
+        run.save_last(snapshot(parts, optimizer, History()))
 
     return {
         "ours": lambda _: run.save_best(parts.model),
