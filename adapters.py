@@ -20,6 +20,7 @@ Sources: layer-level adaptations 2.1, 2.2 and 3.2; Houlsby et al. (2019); Stickl
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -301,19 +302,12 @@ def trained_with(name, kinds):
 def count_parameters(adapters):
     """Count the adapters' parameters: {kind: {task: number}}, with the parts that layers share."""
     counts = {}
-
-    def add(kind, task, module):
-        of_kind = counts.setdefault(kind, {})
-        of_kind[task] = of_kind.get(task, 0) + sum(parameter.numel() for parameter in module.parameters())
-
-    for layer in adapters.layers:
-        for task, sites in layer.items():
-            for site in sites.values():
-                for kind, adapter in site.items():
-                    add(kind, task, adapter)
+    for name, parameter in adapters.layers.named_parameters():
+        _, task, _, kind, *_ = name.split(".")  # layers[i][task][site][kind] and the name inside the adapter
+        counts.setdefault(kind, Counter())[task] += parameter.numel()
     for task, module in adapters.shared.items():
         [kind] = [kind for kind in counts if KINDS[kind].make_shared]
-        add(kind, task, module)
+        counts[kind][task] += sum(parameter.numel() for parameter in module.parameters())
     return counts
 
 

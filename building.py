@@ -17,13 +17,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
-from tqdm import tqdm
 
 import parallel
 from base_bert import BertConfig
 from datasets import SPLITS, find_data_dir, read_dataset, report
 from early_exit import EXIT_WEIGHTS, ExitSettings, choose_policies, exit_threshold
 from errors import InputError, smaller, spare_memory
+from evaluation import run_in_order
 from flags import METHODS, PRECISIONS, SAMPLE_DEFAULTS, encoding, per_task
 from gradients import COMBINERS
 from methods import positive, positive_int
@@ -31,7 +31,7 @@ from optimizer import OPTIMIZERS, SCHEDULES, parameter_groups
 from runs import check_same_files, command_line, describe_environment, hash_weights, sha256
 from samplers import generator
 from slf import plain
-from tasks import build_tasks, widen
+from tasks import TASKS, build_tasks, widen
 from tokenizer import BertTokenizer
 from weights import find_weights, pooling_of
 
@@ -274,21 +274,16 @@ def choose_rows(data, counts, seed):
     return rows
 
 
-@torch.no_grad()
 def cache_features(model, dataset, batch_size, precision):
     """A dataset with the states that the heads of a frozen BERT see, computed once. Shapes: [n,w]."""
-    model.eval()
-    order, states = np.argsort(dataset.lengths(), kind="stable"), []
-    starts, quiet = parallel.deal(range(0, len(order), batch_size)), not parallel.progress_bars()
-    # one context for all batches, because autocast then casts the weights once
-    with spare_memory(smaller("--eval_batch_size", batch_size)), precision.autocast():
-        for start in tqdm(starts, f"features {dataset.path.name}", disable=quiet, leave=False):
-            batch = dataset.batch(order[start : start + batch_size]).to(precision.device)
-            states.append((widen(model(batch).states[model.depth]).cpu(),))
-    states = torch.cat([state for (state,) in parallel.gather_batches(states)])
-    features = torch.empty_like(states)
-    features[torch.from_numpy(order)] = states  # back into the order of the rows
-    return dataset.with_features(features)
+
+    def states(model, batch):
+        return (widen(model(batch).states[model.depth]),)
+
+    order, bar = np.argsort(dataset.lengths(), kind="stable"), parallel.progress_bars()
+    with spare_memory(smaller("--eval_batch_size", batch_size)):
+        [features] = run_in_order(model, dataset, order, states, batch_size, precision.autocast, bar)
+    return dataset.with_features(features[np.argsort(order)])  # back in the order of the rows
 
 
 # --- the slots ----------------------------------------------------------------------------------------------------
@@ -305,9 +300,9 @@ def needs_of_methods(flags):
 
 def build_table(flags):
     """The run's tasks: {name: Task}."""
-    tasks = build_tasks(flags["tasks"])
-    pairs = per_task(flags["pairs"], "--pairs", [name for name, task in tasks.items() if task.is_pair], encoding)
-    losses = {name: flags.get(f"{name}_loss") for name in tasks}
+    in_pairs = [name for name, row in TASKS.items() if row.is_pair and name in flags["tasks"]]
+    pairs = per_task(flags["pairs"], "--pairs", in_pairs, encoding)
+    losses = {name: flags.get(f"{name}_loss") for name in flags["tasks"]}
     return build_tasks(flags["tasks"], pairs, flags["siamese_features"], losses)
 
 

@@ -45,7 +45,6 @@ class Batch:
     """
 
     task: object
-    encoding: str
     segments: tuple
     labels: torch.Tensor | None
     ids: tuple
@@ -223,7 +222,7 @@ class Dataset:
         # [b]; the loss compares in float32
         labels = torch.from_numpy(self.labels[rows].astype(np.float32))
         ids = tuple(self.identifier(row) for row in rows)
-        return Batch(self.task, self.task.encoding, segments, labels, ids, features, (positions, len(all_rows)))
+        return Batch(self.task, segments, labels, ids, features, (positions, len(all_rows)))
 
 
 def bucketed_batches(lengths, batch_size, rng, pool=32):

@@ -26,7 +26,7 @@ from early_exit import AllExits, every_exit
 from errors import smaller, spare_memory
 from files import write_whole
 from parallel import deal, gather_batches
-from tasks import accuracy, pearson
+from tasks import ACCURACY, PEARSON, SPEARMAN
 
 # a task has collapsed if it predicts one class for more than this share of the rows
 COLLAPSED = 0.99
@@ -82,13 +82,11 @@ class AtExit:
 
 
 @torch.no_grad()
-def run_batches(model, data, rows, function, batch_size, precision, show_bar):
-    """Apply `function(model, batch)`, which returns a tuple of tensors [b,...], to rows of a dataset.
+def run_in_order(model, data, rows, function, batch_size, precision, show_bar):
+    """Apply `function(model, batch)`, which returns a tuple of tensors [b,...], to batches of consecutive `rows`.
 
     Several processes share the batches, and each of them gets all results, in the order of `rows`.
     """
-    # longest rows first: batches have little padding, and if memory runs out, then at the first batch
-    order = np.argsort(-data.lengths()[rows], kind="stable")  # [n]
     was_training, device = model.training, next(model.parameters()).device
     model.eval()
     results = []
@@ -96,13 +94,18 @@ def run_batches(model, data, rows, function, batch_size, precision, show_bar):
     # one autocast context for all batches casts the weights once; torch's inference mode would cast them every time
     with precision():
         for start in tqdm(starts, f"predict {data.task.name}", disable=not show_bar, leave=False):
-            batch = data.batch(rows[order[start : start + batch_size]]).to(device)
+            batch = data.batch(rows[start : start + batch_size]).to(device)
             results.append(function(model, batch))
     model.train(was_training)
-    # the inverse permutation of `order`: result back[i] belongs to row i
-    back = torch.empty(len(rows), dtype=torch.long)
-    back[torch.from_numpy(order)] = torch.arange(len(rows))
-    return tuple(torch.cat(parts).cpu()[back] for parts in zip(*gather_batches(results), strict=True))
+    return tuple(torch.cat(parts).cpu() for parts in zip(*gather_batches(results), strict=True))
+
+
+def run_batches(model, data, rows, *settings):
+    """Do the same with rows of similar length side by side; the results are in the order of `rows` again."""
+    # longest rows first: batches have little padding, and if memory runs out, then at the first batch
+    order = np.argsort(-data.lengths()[rows], kind="stable")  # [n]
+    back = np.argsort(order)  # the inverse permutation: result back[i] belongs to row i
+    return tuple(result[back] for result in run_in_order(model, data, rows[order], *settings))
 
 
 def predict(model, data, rows=None, batch_size=32, infer=AtExit(), precision=nullcontext, show_bar=False):
@@ -137,17 +140,12 @@ def predict_exits(model, data, rows=None, batch_size=32, precision=nullcontext, 
 
 
 # --- scoring ------------------------------------------------------------------------------------------------------
-# scikit-learn and scipy are imported at the first evaluation: at start-up they would delay the first training step
+# scikit-learn is imported at the first evaluation: at start-up it would delay the first training step
 
 
-def spearman(values, labels):
-    """Spearman's rank correlation; 0 where either side is constant and the correlation is not defined."""
-    from scipy.stats import spearmanr
-
-    # comparing with `not ... >` also catches a NaN among the numbers
-    if not (np.ptp(values) > 0 and np.ptp(labels) > 0):
-        return 0.0
-    return float(spearmanr(values, labels).statistic)
+def measure(metrics, values, labels):
+    """{metric's name: number}; a metric that is there twice is computed once."""
+    return {metric.name: metric.function(values, labels) for metric in dict.fromkeys(metrics)}
 
 
 def score_regression(task, values, labels):
@@ -157,9 +155,8 @@ def score_regression(task, values, labels):
         warnings.append(f"{task.name}: every prediction is {values.mean():.3f}: correlations count as 0")
         # exactly constant, so that rounding error cannot correlate with the labels
         values = np.full_like(values, values.mean())
-    metrics = {"pearson": pearson(values, labels), "spearman": spearman(values, labels)}
-    metrics |= {"mean_prediction": float(values.mean()), "sd_prediction": float(values.std())}
-    return metrics | {task.metric.name: task.metric.function(values, labels)}, warnings
+    metrics = measure((PEARSON, SPEARMAN, task.metric), values, labels)
+    return metrics | {"mean_prediction": float(values.mean()), "sd_prediction": float(values.std())}, warnings
 
 
 def score_classes(task, values, labels):
@@ -170,7 +167,8 @@ def score_classes(task, values, labels):
     confusion = confusion_matrix(labels, values, labels=range(len(task.label_names)))
     shares = confusion.sum(0) / confusion.sum()  # [classes]: how often each class is predicted
     # macro F1 averages the classes that occur among the labels or the predictions
-    metrics = {"accuracy": accuracy(values, labels), "macro_f1": float(f1_score(labels, values, average="macro"))}
+    metrics = measure((ACCURACY, task.metric), values, labels)
+    metrics |= {"macro_f1": float(f1_score(labels, values, average="macro"))}
     metrics |= {"majority": float(confusion.sum(1).max() / confusion.sum())}
     metrics |= {"predicted_shares": shares.tolist(), "confusion": confusion.tolist()}
     if len(shares) == 2:
@@ -179,7 +177,7 @@ def score_classes(task, values, labels):
     if shares.max() > COLLAPSED:
         name = task.label_names[int(shares.argmax())]
         warnings.append(f"{task.name}: {shares.max():.1%} of the predictions are '{name}': the task has collapsed")
-    return metrics | {task.metric.name: task.metric.function(values, labels)}, warnings
+    return metrics, warnings
 
 
 def score(predictions):
@@ -241,6 +239,17 @@ def describe(predictions, i):
     return f"{value:.0f}", task.label_names[int(value)], f"{predictions.probabilities[i, int(value)]:.4f}"
 
 
+def readable_table(predictions, **more):
+    """A CSV of texts and predictions; `more` is {column: its values}."""
+    data, table = predictions.data, io.StringIO()
+    writer = csv.writer(table)
+    writer.writerow(["id", *data.task.columns, "prediction", "label", "probability", *more])
+    for i, row in enumerate(predictions.rows):
+        added = [values[i] for values in more.values()]
+        writer.writerow([data.identifier(row), *data.text(row), *describe(predictions, i), *added])
+    return table.getvalue()
+
+
 def write_predictions(folder, predictions, split):
     """Write two files for one task and split: the course's format, and a readable CSV.
 
@@ -252,12 +261,7 @@ def write_predictions(folder, predictions, split):
         for row, value in zip(predictions.rows, predictions.values, strict=True)
     ]
     write_whole(Path(folder) / f"{task.name}-{split}-output.csv", "\n".join(lines) + "\n")
-    table = io.StringIO()
-    writer = csv.writer(table)
-    writer.writerow(["id", *task.columns, "prediction", "label", "probability", "gold", "layers"])
-    for i, row in enumerate(predictions.rows):
-        # test rows have no label
-        gold = "" if np.isnan(data.labels[row]) else f"{data.labels[row]:g}"
-        described = describe(predictions, i)
-        writer.writerow([data.identifier(row), *data.text(row), *described, gold, predictions.layers[i]])
-    write_whole(Path(folder) / f"{task.name}-{split}-readable.csv", table.getvalue())
+    # test rows have no label
+    gold = ["" if np.isnan(label) else f"{label:g}" for label in data.labels[predictions.rows]]
+    table = readable_table(predictions, gold=gold, layers=predictions.layers)
+    write_whole(Path(folder) / f"{task.name}-{split}-readable.csv", table)

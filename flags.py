@@ -190,8 +190,8 @@ def add_model_flags(group):
     group.add_argument("--precision", choices=tuple(PRECISIONS), default="fp32", help="autocast precision")
     for task in TASKS.values():
         if len(task.objectives) > 1:
-            names = tuple(task.objectives)
-            group.add_argument(f"--{task.name}_loss", choices=names, default=names[0], help=f"loss of {task.title}")
+            names, default = tuple(task.objectives), task.default_loss
+            group.add_argument(f"--{task.name}_loss", choices=names, default=default, help=f"loss of {task.title}")
 
 
 def add_loop_flags(group):

@@ -15,7 +15,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 
-class LossTerm:
+class Resumable:
+    """Base class of what a run saves and continues from; a subclass with a state of its own overrides both."""
+
+    def state_dict(self):
+        """Tensors and numbers that a resumed run needs."""
+        return {}
+
+    def load_state_dict(self, state):
+        """Continue from the state of a saved run."""
+
+
+class LossTerm(Resumable):
     """Base class of the loss terms: a subclass adds `__call__(model, batch, outputs, exit_weights) -> [b]`.
 
     Outputs are those of the loop's forward pass, which may have run in 16 bits; a term itself runs outside autocast.
@@ -24,15 +35,8 @@ class LossTerm:
     def after_step(self, model, progress):
         """Update the term's own state after an optimiser step.
 
-        Units: progress is the finished share of the phases that share a learning-rate schedule, from 0 to 1.
+        Units: progress is the finished part of the phases with a common learning-rate schedule, from 0 to 1.
         """
-
-    def state_dict(self):
-        """Tensors and numbers that a resumed run needs."""
-        return {}
-
-    def load_state_dict(self, state):
-        """Continue from the state of a saved run."""
 
 
 def nothing(*arguments):

@@ -116,12 +116,12 @@ class MultitaskBERT(nn.Module):
         """The embeddings that enter layer 1, one tensor per encoder pass. Shapes: tuple of [b,s,d]."""
         embeds = tuple(self.bert.embed(ids, segment_ids) for ids, _, segment_ids in batch.segments)
         # embed_concat: both texts are embedded apart, then enter layer 1 as one sequence, [b,s_1+s_2,d]
-        return (torch.cat(embeds, dim=1),) if batch.encoding == "embed_concat" else embeds
+        return (torch.cat(embeds, dim=1),) if batch.task.encoding == "embed_concat" else embeds
 
     def masks(self, batch):
         """The attention mask of every encoder pass. Shapes: tuple of [b,s]."""
         masks = tuple(mask for _, mask, _ in batch.segments)
-        return (torch.cat(masks, dim=1),) if batch.encoding == "embed_concat" else masks
+        return (torch.cat(masks, dim=1),) if batch.task.encoding == "embed_concat" else masks
 
     def state(self, i, hidden, masks, task):
         """The vector that the heads of exit i see. Shapes: hidden: one [b,s,d] per pass; returns [b,w]."""
@@ -214,7 +214,7 @@ def predict_texts(model, name, *segments):
         # segment ids: 1 for the second text of embed_concat, 0 otherwise
         second = int(task.encoding == "embed_concat")
         packed = [(i, mask, torch.full_like(i, k * second)) for k, (i, mask) in enumerate(segments)]  # [b,s] each
-    batch = Batch(task, task.encoding, tuple(packed), None, tuple(range(len(ids))))
+    batch = Batch(task, tuple(packed), None, tuple(range(len(ids))))
     return model(batch).logits[model.depth]
 
 
@@ -342,7 +342,7 @@ def train(parts, recorder):
         # the optimiser's state lives as long as the same parameters train
         if list(parameters) != trained:
             optimizer, trained = parts.make_optimizer(parameters), list(parameters)
-        terms = {name: term for name, term in parts.terms.items() if name not in phase.without}
+        terms = {name: term for name, term in parts.terms.items() if not isinstance(term, phase.without)}
         steps, (k, n) = phase_steps(parts, phase, recorder.history.epochs), phase.part
         parts.model.train()
         for done, step in recorder.before_phase(phase, steps, optimizer, trained):

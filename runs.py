@@ -405,6 +405,10 @@ class Recorder:
         self.folder, self.parts, self.state = folder, parts, state
         self.history = History(**state["progress"]) if state else History()
         self.signals, self.best_evaluation = SignalGuard(), None
+        # of the current phase: `pending` holds the results of the steps since the last line of the log
+        self.phase, self.optimizer, self.bar, self.pending = None, None, None, []
+        # when the phase went on, and when the recorder last logged, saved and printed
+        self.started = self.logged_at = self.saved_at = self.printed_at = 0.0
         if state:
             restore(parts, state)
 

@@ -25,7 +25,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from early_exit import EXIT_WEIGHTS
+from early_exit import EXIT_WEIGHTS, LTELoss
 from methods import Method, belongs, positive
 from tasks import chosen_objective
 
@@ -85,7 +85,12 @@ class Phase:
     # the same parameters train
     part: tuple = (0, 1)
     keep: bool = True  # whether the model after this phase may be kept as the best one
-    without: tuple = ()  # names of the loss terms that do not count
+    without: tuple = ()  # classes of the loss terms that do not count
+
+    def __post_init__(self):
+        k, n = self.part
+        if not 0 <= k < n:
+            raise ValueError(f"phase {self.label!r}: part {self.part}: the number k must be from 0 to n - 1")
 
 
 def plain(epochs, exit_weights, size=1.0):
@@ -166,7 +171,7 @@ def sequential_layer_focus(depth, layer_epochs, second):
                 (part, parts),
                 keep=False,  # the layers above are as they were pretrained
                 # the learning to exit is shared by the layers: its loss would only pull at the layer in training
-                without=("lte",),
+                without=(LTELoss,),
             )
     yield from second
 
@@ -183,7 +188,7 @@ def gradual_unfreezing(depth, layer_epochs, second):
     # 0 layers: the heads alone. With all L layers everything may train, so that is left to `second`.
     for layers in range(depth):
         label = f"unfreezing, heads and {layers}/{depth} layers"
-        yield Phase(label, layer_epochs, ({depth: 1.0},), LastLayers(layers), keep=False, without=("lte",))
+        yield Phase(label, layer_epochs, ({depth: 1.0},), LastLayers(layers), keep=False, without=(LTELoss,))
     yield from second
 
 
@@ -254,9 +259,12 @@ def check_unfreezing(flags, typed):
         yield on and chosen_objective(flags, name).needs_two_vectors, headless
 
 
-def first_stage(plan, flag, flags, depth, second):
-    """Put a first stage of `flags[flag]` epochs a layer before the plan `second`."""
-    return lambda: plan(depth, flags[flag], second())
+def first_stage(plan, switch, epochs):
+    """Make the builder that puts a first stage before the plan so far, if the flag `switch` is on.
+
+    Flag `epochs` is the first stage's length in epochs a layer.
+    """
+    return lambda flags, depth, second: (lambda: plan(depth, flags[epochs], second())) if flags[switch] else second
 
 
 TWO_STAGE = Method(TITLE, conflicts=check_two_stage, plan=build_two_stage)
@@ -274,9 +282,7 @@ SLF = Method(
     add_slf_flags,
     check_slf,
     needs=lambda flags: {"exits"} if flags["slf"] else set(),
-    plan=lambda flags, depth, plan: (
-        first_stage(sequential_layer_focus, "slf_epochs", flags, depth, plan) if flags["slf"] else plan
-    ),
+    plan=first_stage(sequential_layer_focus, "slf", "slf_epochs"),
 )
 GRADUAL_UNFREEZING = Method(
     TITLE,
@@ -289,9 +295,5 @@ GRADUAL_UNFREEZING = Method(
         help="train the heads first and unfreeze a layer every EPOCHS (.25), last to first; then all layers",
     ),
     check_unfreezing,
-    plan=lambda flags, depth, plan: (
-        first_stage(gradual_unfreezing, "gradual_unfreezing", flags, depth, plan)
-        if flags["gradual_unfreezing"]
-        else plan
-    ),
+    plan=first_stage(gradual_unfreezing, "gradual_unfreezing", "gradual_unfreezing"),
 )

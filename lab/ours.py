@@ -92,7 +92,10 @@ def our_step(parts, batches, repeats, phase=None):
     """Make a variant that takes our training step on the same batches, in the four phases of the loop's train_step."""
     model, device = parts.model, parts.precision.device
     phase = phase or Phase("full", 1.0, ({model.depth: 1.0},))
-    terms, weights = [term for name, term in parts.terms.items() if name not in phase.without], phase.exit_weights[0]
+    terms, weights = (
+        [term for term in parts.terms.values() if not isinstance(term, phase.without)],
+        phase.exit_weights[0],
+    )
 
     def prepare():
         set_trainable(model.train(), phase, parts.trainable)

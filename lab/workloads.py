@@ -229,7 +229,7 @@ def real_batch(setup, b, s, tasks=("sst",)):
     for name in tasks:
         low, high = table[name].label_range
         labels = torch.from_numpy(generator(SEED, "labels").integers(int(low), int(high) + 1, b)).float()
-        batch = Batch(table[name], table[name].encoding, segments, labels, tuple(map(str, range(b))))
+        batch = Batch(table[name], segments, labels, tuple(map(str, range(b))))
         batches.append(batch.to(setup.device))
     return batches, lengths
 

@@ -80,7 +80,7 @@ def row_of(batch, row):
         length = int(mask[row].sum())
         segments.append(tuple(x[row : row + 1, :length] for x in (ids, mask, types)))
     labels, ids = batch.labels[row : row + 1], batch.ids[row : row + 1]
-    return Batch(batch.task, batch.encoding, tuple(segments), labels, ids)
+    return Batch(batch.task, tuple(segments), labels, ids)
 
 
 def spreading_threshold(certainty):

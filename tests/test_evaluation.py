@@ -22,12 +22,11 @@ from evaluation import (
     fit_decision_threshold,
     predict,
     score,
-    spearman,
     summarise,
     write_predictions,
 )
 from files import write_whole
-from tasks import MATTHEWS, Metric, accuracy, build_tasks, pearson
+from tasks import MATTHEWS, Metric, accuracy, build_tasks, pearson, spearman
 from tokenizer import BertTokenizer
 
 TASKS = build_tasks(("sst", "cfimdb", "para", "sts"))

@@ -7,6 +7,7 @@ import torch
 from tiny import make_batch, make_config, make_model
 
 from adapters import make_adapters
+from early_exit import LTELoss
 from optimizer import AdamW
 from slf import (
     LastLayers,
@@ -126,7 +127,7 @@ def test_slf_with_a_quarter_epoch_per_layer():
             LayerAndExit(1),
             (0, 1),
             False,
-            ("lte",),
+            (LTELoss,),
         ),
         Phase(
             "stage 1, layer 2/2",
@@ -135,7 +136,7 @@ def test_slf_with_a_quarter_epoch_per_layer():
             LayerAndExit(2),
             (0, 1),
             False,
-            ("lte",),
+            (LTELoss,),
         ),
         Phase("epoch 1/1", 1.0, (JOINT,), everything, (0, 1), True),
     ]

@@ -146,7 +146,7 @@ def test_the_perturbation_moves_every_segment_within_the_radius_and_never_paddin
     term = AdversarialSmart([name], seeded(), radius=0.02)
     starts, finals = term.perturb(model, batch, outputs, weights)
     masks = model.masks(batch)
-    assert len(finals) == (2 if batch.encoding == "siamese" else 1)
+    assert len(finals) == (2 if batch.task.encoding == "siamese" else 1)
     radius = 0.02 * real_tokens_rms(outputs, masks)
     for start, final, mask in zip(starts, finals, masks, strict=True):
         real = mask.bool()
@@ -393,7 +393,7 @@ def test_the_gaussian_form_is_algorithm_1(name):
     batch = make_batch(model.tasks[name], b=3, s=5)
     ids = torch.randint(5, 50, (3, 5), generator=seeded(2))
     segment = (ids, torch.ones_like(ids), torch.zeros_like(ids))
-    batch = type(batch)(batch.task, batch.encoding, (segment,), batch.labels, batch.ids)
+    batch = type(batch)(batch.task, (segment,), batch.labels, batch.ids)
     outputs, weights = forward(model, batch)
     value = GaussianSmart([name], seeded(), weight=10.0, sigma=0.05)(model, batch, outputs, weights)
 
