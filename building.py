@@ -21,16 +21,14 @@ from torch import nn
 import parallel
 from base_bert import BertConfig
 from datasets import SPLITS, find_data_dir, read_dataset, report
-from early_exit import EXIT_WEIGHTS, ExitSettings, choose_policies, exit_threshold
 from errors import InputError, smaller, spare_memory
 from evaluation import run_in_order
-from flags import METHODS, PRECISIONS, SAMPLE_DEFAULTS, encoding, per_task
-from gradients import COMBINERS
-from methods import positive, positive_int
+from flags import METHODS, PRECISIONS, SAMPLE_DEFAULTS, encoding
+from methods import per_task, positive, positive_int
 from optimizer import OPTIMIZERS, SCHEDULES, parameter_groups
 from runs import check_same_files, command_line, describe_environment, hash_weights, sha256
 from samplers import generator
-from slf import plain
+from slf import start_plan
 from tasks import TASKS, build_tasks, widen
 from tokenizer import BertTokenizer
 from weights import find_weights, pooling_of
@@ -46,6 +44,9 @@ LEARNING_RATES = {
 # --max_length: MIN_LENGTH has room for the special tokens of any pair encoding and one word. MAX_LENGTH is the default,
 # where the weights allow it.
 MIN_LENGTH, MAX_LENGTH = 5, 512
+# What a method's record may need. "exits": an exit after every layer is built. "embeddings": a loss term looks at the
+# embeddings, so that the features of a frozen BERT cannot be cached. "all_tasks": a step has a batch of each task.
+NEEDS = ("exits", "embeddings", "all_tasks")
 # what --compile uses, and how many variants of a layer it may translate
 COMPILER, TRANSLATIONS = "inductor", 128
 # glibc's names for the sizes from which it gives freed memory back, and the largest sizes that it takes (before 2.35)
@@ -289,13 +290,25 @@ def cache_features(model, dataset, batch_size, precision):
 # --- the slots ----------------------------------------------------------------------------------------------------
 
 
-def needs_of_methods(flags):
-    """What the methods that are on need, together.
+def known(method, slot, names, choices):
+    """The names that a method's record returns for a slot.
 
-    "exits": an exit after every layer is built. "embeddings": a loss term looks at the embeddings, so that the
-    features of a frozen BERT cannot be cached. "all_tasks": every step has a batch of each task.
+    Raises: InputError for a name that is not there.
     """
-    return set().union(*(method.needs(flags) for method in METHODS))
+    for name in names:
+        if name not in choices:
+            raise InputError(f"method {method.title!r}: {slot} names {name!r}, which is not there: correct its record")
+    return names
+
+
+def first(built):
+    """The first of the built objects that is not None; None if there is none."""
+    return next((thing for thing in built if thing is not None), None)
+
+
+def needs_of_methods(flags):
+    """What the methods that are on need, together: some of NEEDS."""
+    return set().union(*(known(method, "needs", method.needs(flags), NEEDS) for method in METHODS))
 
 
 def build_table(flags):
@@ -308,8 +321,7 @@ def build_table(flags):
 
 def build_adapters(flags, config, task_names, generator):
     """The module for BERT's adapter slot, or None."""
-    modules = [method.adapters(flags, config, task_names, generator) for method in METHODS]
-    return next((module for module in modules if module is not None), None)
+    return first(method.adapters(flags, config, task_names, generator) for method in METHODS)
 
 
 def build_trainable(flags, model):
@@ -318,7 +330,11 @@ def build_trainable(flags, model):
     if flags["option"] == "pretrain":
         frozen = {id(parameter) for parameter in model.bert.parameters()}
         return "pretrain", frozenset(name for name, p in model.named_parameters() if id(p) not in frozen)
-    restricted = [names for method in METHODS if (names := method.trains(flags, model)) is not None]
+    restricted = [
+        known(method, "trains", names, everything)
+        for method in METHODS
+        if (names := method.trains(flags, model)) is not None
+    ]
     # a few new parameters beside a frozen BERT take larger steps than BERT's own parameters
     kind = "adapter" if restricted and model.adapters is not None else "finetune"
     return kind, frozenset(everything.intersection(*restricted))
@@ -341,19 +357,18 @@ def build_terms(flags, model, terms):
 
 def build_plan(flags, depth):
     """The training plan, as a function that starts it anew."""
-    cycle = EXIT_WEIGHTS[flags["exit_loss"]](depth) if "exits" in needs_of_methods(flags) else ({depth: 1.0},)
-    plan = partial(plain, flags["epochs"], cycle, flags["epoch_size"])
+    plan = start_plan(flags, depth, "exits" in needs_of_methods(flags))
     for method in METHODS:
         plan = method.plan(flags, depth, plan)
+    # a plan sees nothing but scores, so its phases are known before the training
+    phases = plan()
+    phase = next(phases)
+    try:
+        while not phase.keep:
+            phase = phases.send(0.0)
+    except StopIteration:
+        raise InputError(f"the plan ends with {phase.label!r} and no phase keeps its model: set keep=True") from None
     return plan
-
-
-def build_exit_settings(flags, tasks):
-    """How the run leaves early at inference, or None."""
-    if not flags["early_exit"]:
-        return None
-    thresholds = per_task(flags["exit_threshold"], "--exit_threshold", list(tasks), exit_threshold)
-    return ExitSettings(choose_policies(tasks, flags["exit_policy"]), dict.fromkeys(tasks) | thresholds)
 
 
 def build_optimizer(flags, kind, model):
@@ -362,7 +377,7 @@ def build_optimizer(flags, kind, model):
     learning_rate = flags["lr"] or (for_small if model.bert.config.hidden_size <= SMALL else for_large)
     rates = {}
     for method in METHODS:
-        rates |= method.rates(flags, model)
+        rates |= known(method, "rates", method.rates(flags, model), dict(model.named_parameters()))
 
     def make(parameters):
         groups = parameter_groups(parameters.items(), flags["weight_decay"], rates)
@@ -397,7 +412,7 @@ def build(flags, model, data, device, terms):
         rows=rows,
         plan=build_plan(flags, model.depth),
         terms=build_terms(flags, model, terms),
-        gradients=COMBINERS[flags["gradients"]](list(model.parameters()), order),
+        gradients=first(method.gradients(flags, list(model.parameters()), order) for method in METHODS),
         make_optimizer=build_optimizer(flags, kind, model),
         trainable=trainable,
         precision=precision,
@@ -413,7 +428,7 @@ def build(flags, model, data, device, terms):
             seed=flags["seed"],
             schedule=lambda progress: SCHEDULES[flags["schedule"]](progress, flags["warmup"]),
         ),
-        exit_settings=build_exit_settings(flags, model.tasks),
+        exit_settings=first(method.exit_settings(flags, model.tasks) for method in METHODS),
     )
 
 

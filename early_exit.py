@@ -32,7 +32,7 @@ import torch
 from torch import nn
 
 from errors import InputError
-from methods import LossTerm, Method, at_least_zero, belongs
+from methods import LossTerm, Method, at_least_zero, belongs, per_task
 from tasks import widen
 
 POLICIES = ("auto", "confidence", "lte")
@@ -479,7 +479,9 @@ def add_flags(group):
 def conflicts(flags, typed):
     """Flags that make no sense without --early_exit; --option evaluate reads it from the saved run."""
     evaluates = flags["option"] == "evaluate"
-    yield from belongs(typed, ("exit_policy", "exit_threshold"), flags["early_exit"] or evaluates, "--early_exit")
+    yield from belongs(
+        typed, ("exit_policy", "exit_threshold", "exit_loss"), flags["early_exit"] or evaluates, "--early_exit"
+    )
     sentence = "--exit_threshold with a list sweeps a saved run: use it with --option evaluate"
     yield not evaluates and bool(sweep_levels(flags["exit_threshold"])), sentence
 
@@ -495,4 +497,12 @@ def terms(flags, model, noise):
     return on | ({"distill": DistillLoss()} if flags["exit_loss"] == "distilled" else {})
 
 
-EXITS = Method("early exit (BERTer 3.3)", add_flags, conflicts, needs, terms)
+def build_exit_settings(flags, tasks):
+    """How the run leaves early at inference, or None."""
+    if not flags["early_exit"]:
+        return None
+    thresholds = per_task(flags["exit_threshold"], "--exit_threshold", list(tasks), exit_threshold)
+    return ExitSettings(choose_policies(tasks, flags["exit_policy"]), dict.fromkeys(tasks) | thresholds)
+
+
+EXITS = Method("early exit (BERTer 3.3)", add_flags, conflicts, needs, terms, exit_settings=build_exit_settings)

@@ -20,7 +20,7 @@ from methods import at_least_zero, below_one, positive, positive_int, seed
 from optimizer import OPTIMIZERS, SCHEDULES
 from runs import FORMAT
 from samplers import DATA_SPLITS, SAMPLERS
-from tasks import ENCODINGS, TASKS, chosen_objective
+from tasks import ENCODINGS, TASKS, headless_losses
 
 # In this order loss terms are added, plans wrapped and conflicts reported.
 METHODS = [
@@ -47,28 +47,6 @@ EVALUATE_FLAGS = {"use_gpu", "data_dir", "eval_batch_size", "precision", "attent
 def file_flags():
     """The names of the flags that name one CSV file each: sst_train, para_dev, ..."""
     return {f"{name}_{split}" for name in TASKS for split in SPLITS}
-
-
-# --- values for each task -----------------------------------------------------------------------------------------
-
-
-def per_task(entries, flag, names, convert):
-    """Read `value` or `task=value ...` entries into {task: value}; an entry that names its task wins.
-
-    Raises: InputError for an unknown task or a value that `convert` refuses.
-    """
-    chosen = {}
-    for entry in sorted(entries or (), key=lambda entry: "=" in entry):
-        name, equals, value = entry.rpartition("=")
-        try:
-            value = convert(value)
-        except (ValueError, argparse.ArgumentTypeError) as error:
-            raise InputError(f"{flag} {entry}: {error}") from None
-        for task in [name] if equals else names:
-            if task not in names:
-                raise InputError(f"{flag} {entry}: no such task here; tasks are {', '.join(names)}")
-            chosen[task] = value
-    return chosen
 
 
 def encoding(text):
@@ -249,10 +227,8 @@ def check_flags(flags, typed):
 
 def loop_conflicts(flags, typed):
     """Conflicts between flags that belong to no method: pairs (applies, sentence)."""
-    for name in flags["tasks"]:
-        headless = flags["option"] == "pretrain" and chosen_objective(flags, name).needs_two_vectors
-        loss = flags.get(f"{name}_loss")
-        yield headless, f"--{name}_loss {loss} has no head to train, and --option pretrain freezes BERT"
+    for loss in headless_losses(flags):
+        yield flags["option"] == "pretrain", f"{loss} has no head to train, and --option pretrain freezes BERT"
     takes_all = flags["step"] == "all_tasks" or flags["gradients"] != "sum"
     chosen = f"--sampler {flags['sampler']} chooses one task per step: here every step takes all tasks"
     yield "sampler" in typed and takes_all, chosen

@@ -238,4 +238,5 @@ SURGERY = Method(
     ),
     conflicts=surgery_conflicts,
     needs=lambda flags: set() if flags["gradients"] == "sum" else {"all_tasks"},
+    gradients=lambda flags, parameters, generator: COMBINERS[flags["gradients"]](parameters, generator),
 )

@@ -14,6 +14,8 @@ import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from errors import InputError
+
 
 class Resumable:
     """Base class of what a run saves and continues from; a subclass with a state of its own overrides both."""
@@ -50,7 +52,7 @@ def same_plan(flags, depth, plan):
 
 
 def no_module(*arguments):
-    """Build no module, restrict nothing."""
+    """Build no object, restrict nothing."""
     return None
 
 
@@ -70,6 +72,8 @@ class Method:
     adapters: Callable = no_module  # (flags, config, task names, generator) -> module for BERT's adapter slot
     trains: Callable = no_module  # (flags, model) -> names of the parameters that may train; None: all
     rates: Callable = nothing  # (flags, model) -> {parameter name: factor of the learning rate}
+    gradients: Callable = no_module  # (flags, parameters, generator) -> gradients.Combiner
+    exit_settings: Callable = no_module  # (flags, tasks) -> early_exit.ExitSettings
 
 
 def belongs(typed, names, is_on, owner):
@@ -81,6 +85,25 @@ def among_tasks(flags, name):
     """Conflicts for a flag that lists tasks: each must be a task of the run."""
     tasks = flags["tasks"]
     return [(task not in tasks, f"--{name} {task}: not among --tasks {' '.join(tasks)}") for task in flags[name] or ()]
+
+
+def per_task(entries, flag, names, convert):
+    """Read `value` or `task=value ...` entries into {task: value}; an entry that names its task wins.
+
+    Raises: InputError for an unknown task or a value that `convert` refuses.
+    """
+    chosen = {}
+    for entry in sorted(entries or (), key=lambda entry: "=" in entry):
+        name, equals, value = entry.rpartition("=")
+        try:
+            value = convert(value)
+        except (ValueError, argparse.ArgumentTypeError) as error:
+            raise InputError(f"{flag} {entry}: {error}") from None
+        for task in [name] if equals else names:
+            if task not in names:
+                raise InputError(f"{flag} {entry}: no such task here; tasks are {', '.join(names)}")
+            chosen[task] = value
+    return chosen
 
 
 # --- types of flags: functions of the typed text, for argparse ----------------------------------------------------

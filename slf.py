@@ -27,7 +27,7 @@ from functools import partial
 
 from early_exit import EXIT_WEIGHTS, LTELoss
 from methods import Method, belongs, positive
-from tasks import chosen_objective
+from tasks import headless_losses
 
 # --- what a phase trains: functions of the model that list modules --------------------------------------------------
 
@@ -197,6 +197,12 @@ def gradual_unfreezing(depth, layer_epochs, second):
 TITLE = "training plans (BERTer 3.3)"
 
 
+def start_plan(flags, depth, has_exits):
+    """The plan that the methods' records replace or wrap."""
+    cycle = EXIT_WEIGHTS[flags["exit_loss"]](depth) if has_exits else ({depth: 1.0},)
+    return partial(plain, flags["epochs"], cycle, flags["epoch_size"])
+
+
 def build_two_stage(flags, depth, plan):
     """Replace the plan where --exit_loss asks for two stages."""
     if flags["exit_loss"] != "two_stage":
@@ -208,10 +214,9 @@ def check_two_stage(flags, typed):
     """Conflicts of the two-stage plan: pairs (applies, sentence)."""
     on = flags["exit_loss"] == "two_stage"
     yield on and flags["slf"], "--exit_loss two_stage and --slf are both plans with a first stage: choose one"
-    for name in flags["tasks"]:
+    for loss in headless_losses(flags):
         # a cosine of mean vectors: an exit without pooler and without head
-        nothing = flags["pooling"] != "cls" and chosen_objective(flags, name).needs_two_vectors
-        loss = f"--{name}_loss {flags.get(f'{name}_loss')}"
+        nothing = flags["pooling"] != "cls"
         yield on and nothing, f"{loss} with a mean leaves --exit_loss two_stage no exit to train: add --pooling cls"
 
 
@@ -251,12 +256,9 @@ def check_unfreezing(flags, typed):
     yield on and flags["slf"], "--gradual_unfreezing and --slf both freeze layers at the start: choose one"
     adapted = on and flags["adapter"] != ["none"] and not flags["train_backbone"]
     yield adapted, "--gradual_unfreezing unfreezes BERT, --adapter freezes it: add --train_backbone"
-    for name in flags["tasks"]:
-        # a cosine has no head, so with all layers frozen nothing of the task trains
-        headless = (
-            f"--{name}_loss {flags.get(f'{name}_loss')} has no head, and --gradual_unfreezing starts with heads alone"
-        )
-        yield on and chosen_objective(flags, name).needs_two_vectors, headless
+    for loss in headless_losses(flags):
+        # with all layers frozen nothing of the task trains
+        yield on, f"{loss} has no head, and --gradual_unfreezing starts with heads alone"
 
 
 def first_stage(plan, switch, epochs):

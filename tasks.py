@@ -442,10 +442,11 @@ def check_choice(flag, chosen, choices):
         raise InputError(f"{flag} {chosen}: unknown; choose from {', '.join(choices)}")
 
 
-def chosen_objective(flags, name):
-    """The objective that the flags choose for a task, by default the first of its row."""
-    row = TASKS[name]
-    return row.objectives[flags.get(f"{name}_loss", row.default_loss)]
+def headless_losses(flags):
+    """The chosen losses that compare two sentence vectors and so have no head: ["--sts_loss cosine"]."""
+    rows = [TASKS[name] for name in flags["tasks"]]
+    chosen = [(row, flags.get(f"{row.name}_loss", row.default_loss)) for row in rows]
+    return [f"--{row.name}_loss {loss}" for row, loss in chosen if row.objectives[loss].needs_two_vectors]
 
 
 def build_tasks(names=("sst", "para", "sts"), pairs=None, siamese_features="uvd", losses=None):
