@@ -98,7 +98,7 @@ def our_step(parts, batches, repeats, phase=None):
     )
 
     def prepare():
-        set_trainable(model.train(), phase, parts.trainable)
+        set_trainable(model, phase, parts.trainable)
 
     def forward(_):
         losses = {}
