@@ -478,10 +478,8 @@ def add_flags(group):
 
 def conflicts(flags, typed):
     """Flags that make no sense without --early_exit; --option evaluate reads it from the saved run."""
-    evaluates = flags["option"] == "evaluate"
-    yield from belongs(
-        typed, ("exit_policy", "exit_threshold", "exit_loss"), flags["early_exit"] or evaluates, "--early_exit"
-    )
+    evaluates, names = flags["option"] == "evaluate", ("exit_policy", "exit_threshold", "exit_loss")
+    yield from belongs(typed, names, flags["early_exit"] or evaluates, "--early_exit")
     sentence = "--exit_threshold with a list sweeps a saved run: use it with --option evaluate"
     yield not evaluates and bool(sweep_levels(flags["exit_threshold"])), sentence
 

@@ -397,10 +397,8 @@ def train_run(flags, typed, defaults):
     print("\n".join(building.parameter_table(model, parts.trainable)))
     if model.adapters is not None:
         print("\n".join(parameter_report(model.adapters)))
-    state = None
-    if config:
-        state = folder.load_last()
-    else:
+    state = folder.load_last() if config else None
+    if not config:
         folder.create(inputs.record(device) | {"bert": asdict(bert.config)}, inputs.weights, flags["overwrite"])
     print(f"run: {folder.path}", flush=True)
     advice = "free some, then go on with --resume"

@@ -458,11 +458,10 @@ def build_tasks(names=("sst", "para", "sts"), pairs=None, siamese_features="uvd"
     """
     pairs, losses, tasks = pairs or {}, losses or {}, {}
     check_choice("--siamese_features", siamese_features, ("uvd", "uv"))
-    for name in names:
-        check_choice("--tasks", name, TASKS)
     for name in pairs:
         check_choice("--pairs", name, [task.name for task in TASKS.values() if task.is_pair])
     for name in names:
+        check_choice("--tasks", name, TASKS)
         row = TASKS[name]
         loss = losses.get(name) or row.default_loss
         check_choice(f"--{name}_loss", loss, row.objectives)
