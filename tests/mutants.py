@@ -720,8 +720,8 @@ MUTANTS = [
         (
             "evaluation-order",
             "evaluation.py",
-            "back[torch.from_numpy(order)] = torch.arange(len(rows))",
-            "back[torch.arange(len(rows))] = torch.from_numpy(order)",
+            "back = np.argsort(order)",
+            "back = order",
             "Predictions return in the wrong order: a permutation instead of its inverse.",
             "evaluation",
         ),
@@ -1163,7 +1163,7 @@ MUTANTS = [
         # --- flags.py ---
         (
             "flags-per-task",
-            "flags.py",
+            "methods.py",
             'sorted(entries or (), key=lambda entry: "=" in entry)',
             "(entries or ())",
             "A value for all tasks overrides a task's own value if it comes later.",
