@@ -14,6 +14,7 @@ command is the recorded one.
 
 import argparse
 import csv
+import importlib
 import json
 import os
 import shlex
@@ -27,7 +28,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 # first: it prints what to do if the packages are not installed
-from lab import peer  # isort: skip
+from lab import peer  # isort: skip # noqa: F401
 import numpy as np
 
 from building import build_table
@@ -36,7 +37,7 @@ from errors import InputError, run_script
 from files import write_whole
 from flags import parse_flags, per_task, recorded_flags
 from lab.bootstrap import METRICS, paired_bootstrap
-from lab.rows import COMMON, GROUPS, command_of, slug, split_name
+from lab.rows import COMMON, ENSEMBLE, GROUPS, command_of, slug, split_name
 from lab.tables import comparison_table, replace_between, score_table
 from methods import positive, positive_int, share
 from runs import FORMAT, FREE_FLAGS
@@ -75,22 +76,24 @@ class Place:
 
     def command(self, group, name):
         """The words of a row's command after `python`."""
-        return [*command_of(group, name), *self.more]
+        words = command_of(group, name)
+        return words + list(self.more) * (words[0] != "-m")
 
 
 def flags_of(words):
-    """Parse a row's command with its own program. Returns ({flag: value}, whether the program is the peer)."""
+    """Parse a row's command with its own program. Returns ({flag: value}, whether it is another program of lab/)."""
     script, *words = words
     if script == "-m":
-        return vars(peer.make_parser().parse_args([*words[1:], "--run_dir", ""])), True
+        program = importlib.import_module(words[0])
+        return vars(program.make_parser().parse_args([*words[1:], "--run_dir", ""])), True
     return parse_flags(words)[0], False
 
 
 def estimate(words):
     """About how many minutes a row takes on one core."""
-    flags, is_peer = flags_of(words)
-    if is_peer:
-        return flags["epochs"] * 9.6
+    flags, is_other = flags_of(words)
+    if is_other:
+        return flags.get("epochs", 0.2) * 9.6  # the peer, measured; the ensemble only predicts
     table = build_table(flags)
     sizes = {name: TRAIN_ROWS[name] for name in table}
     sizes |= per_task(flags["train_rows"], "--train_rows", list(table), positive_int)
@@ -127,12 +130,12 @@ def run_row(group, name, place, log=None):
     folder = place.run(group, name)
     words = [*place.command(group, name), "--run_dir", str(folder.resolve())]
     data = ["--data_dir", str(Path(place.data_dir).resolve())] if place.data_dir else []
-    is_peer, trained = words[0] == "-m", False
+    is_other, trained = words[0] == "-m", False
     if not (folder / "summary.json").exists():
         words += data
         if (folder / "config.json").exists():
-            # the peer cannot resume: its interrupted run starts again
-            if is_peer:
+            # other programs cannot resume: their interrupted runs start again
+            if is_other:
                 shutil.rmtree(folder)
             else:
                 words += ["--resume"]
@@ -140,7 +143,7 @@ def run_row(group, name, place, log=None):
         if start(words, log, 1) == 130:
             raise InputError("interrupted: the same command continues from here")
         trained = True
-    if not is_peer and (folder / "best.safetensors").exists() and not (folder / "measured.json").exists():
+    if not is_other and (folder / "best.safetensors").exists() and not (folder / "measured.json").exists():
         start(["-m", "lab.measure", str(folder.resolve()), *data], log, 1)
     return trained
 
@@ -172,14 +175,17 @@ def run_rows(rows, place, jobs, hours):
             raise
         finish_row(group, name, place)
 
-    with ThreadPoolExecutor(jobs) as pool:
-        try:
-            for future in [pool.submit(work, group, name) for group, name in rows]:
-                future.result()
-        except BaseException:
-            # rows in training save themselves at the signal that they received too; no further row starts
-            stop.set()
-            raise
+    # an ensemble needs the models of other rows, so it waits for them
+    ensembles = [row for row in rows if ENSEMBLE in command_of(*row)]
+    for some in ([row for row in rows if row not in ensembles], ensembles):
+        with ThreadPoolExecutor(jobs) as pool:
+            try:
+                for future in [pool.submit(work, group, name) for group, name in some]:
+                    future.result()
+            except BaseException:
+                # rows in training save themselves at the signal that they received too; no further row starts
+                stop.set()
+                raise
 
 
 # --- reading runs -------------------------------------------------------------------------------------------------
@@ -201,9 +207,9 @@ def trained_flags(config):
 
 def same_flags(words, config):
     """Whether a run was trained with the flags of a row's command."""
-    wanted, is_peer = flags_of(words)
-    trained = config["flags"] if is_peer else trained_flags(config)
-    if not is_peer:
+    wanted, is_other = flags_of(words)
+    trained = config["flags"] if is_other else trained_flags(config)
+    if not is_other:
         # a row may leave this to the weights; the run records the resulting number
         wanted["max_length"] = wanted["max_length"] or trained["max_length"]
     return all(trained[key] == value for key, value in wanted.items() if key not in UNIMPORTANT)

@@ -9,7 +9,7 @@ import re
 import shlex
 from dataclasses import dataclass, field
 
-PEER = "lab.peer"
+PEER, ENSEMBLE = "lab.peer", "lab.ensemble"
 # the flags of every run: the small weights, which every reader can download
 COMMON = "--weights minilm --precision bf16"
 # the flags that a group's scale multiplies: they are all that is measured in epochs, and can be a fraction
@@ -20,7 +20,8 @@ SCALED = ("--epoch_size", "--slf_epochs", "--gradual_unfreezing")
 class Group:
     """The runs of one table.
 
-    `flags` are the flags of all its runs; `rows` is {name: flags of that run, which win}, or the peer's whole command;
+    `flags` are the flags of all its runs; `rows` is {name: flags of that run, which win}, or the whole command of
+    another program of lab/;
     `removed` is {name: flags} of runs that today's program cannot repeat: their recorded numbers stay in the table.
     `blocks` is {title: flags}: they count for the rows whose names start with the title and a colon. `scale`
     multiplies the length of every run alike, so that a table fits into the time that there is.
@@ -50,7 +51,7 @@ def command_of(group, name):
     """The words of one row's command after `python`."""
     content = GROUPS[group]
     row = content.rows[name]
-    if row.startswith(f"-m {PEER} "):
+    if row.startswith("-m "):
         return shlex.split(row)
     words = shlex.split(f"{COMMON} {content.flags} {content.blocks.get(split_name(name)[0], '')} {row}")
     for k, flag in enumerate(words[:-1]):
@@ -229,6 +230,115 @@ EXIT_THRESHOLDS = Group(
     question="How many layers does early exit save at which loss of score, and does the balance differ by task?",
     scale=0.5,
 )
+# Equal compute: a run costs as many layer passes as two epochs of plain training (forward 1, backward 2, per layer and
+# token; measure.training_cost counts them). Stage 1 of SLF trains layer i with i passes forward and 2 backward, 33 for
+# all six layers of 18 for one epoch of plain training.
+SLF_ABLATION_ROWS = {
+    "both stages": "--early_exit --slf --slf_epochs 0.36 --epoch_size 0.67",
+    # a model of stage 1 is not kept: a stage 2 of one batch a task keeps it
+    "stage 1 only": "--early_exit --slf --slf_epochs 1.09 --epochs 1 --epoch_size 0.0005",
+    "stage 2 only": "--early_exit --epoch_size 1",
+    "last exit alone": "--epoch_size 1",
+    "gradual unfreezing": "--gradual_unfreezing 0.18 --epoch_size 0.67",
+    "layer-wise decay": "--layer_decay 0.9 --epoch_size 1",
+}
+SLF_ABLATION = Group(
+    "--epochs 2 --batch_size 16 --pooling mean --seed 1",
+    SLF_ABLATION_ROWS | more_seeds(SLF_ABLATION_ROWS, SLF_ABLATION_ROWS, (2,)),
+    question="Is Sequential Layer Focus better than other ways to train layer by layer, at equal compute?",
+    scale=0.5,
+)
+ENCODINGS = {
+    "concat": "--pairs concat",
+    "embed_concat": "--pairs embed_concat",
+    "siamese, uv": "--pairs siamese --siamese_features uv",
+    "siamese, uvd": "--pairs siamese --siamese_features uvd",
+}
+EMBEDDING_ORDER_ROWS = {
+    f"{pooling}: {name}": f"--pooling {pooling} {flags}"
+    for pooling in ("mean", "cls")
+    for name, flags in ENCODINGS.items()
+}
+EMBEDDING_ORDER = Group(
+    "--tasks para sts --split full --epochs 2 --epoch_size 1 --batch_size 16 --seed 1",
+    EMBEDDING_ORDER_ROWS | more_seeds(EMBEDDING_ORDER_ROWS, EMBEDDING_ORDER_ROWS, (2,)),
+    question="Does it help to embed the two texts of a pair apart, before they are joined?",
+    blocks={"mean": "", "cls": ""},
+    scale=0.5,
+)
+TENTH = "--train_rows sst=854 para=1417 sts=604"
+SMART_WHEN_ROWS = {
+    "no SMART": "",
+    "SMART on Quora": "--smart para",
+    "SMART on SST": "--smart sst",
+    "SMART on STS": "--smart sts",
+    "SMART on all tasks": "--smart",
+    "SMART on Quora, a tenth of the radius": "--smart para --smart_radius 0.003",
+    "SMART on Quora, three times the radius": "--smart para --smart_radius 0.09",
+    "a tenth of the rows: no SMART": f"{TENTH} --epoch_size 1",
+    "a tenth of the rows: SMART on Quora": f"{TENTH} --epoch_size 1 --smart para",
+}
+SMART_WHEN = Group(
+    "--epochs 10 --epoch_size 0.1 --batch_size 16 --pooling mean --seed 1",
+    SMART_WHEN_ROWS | more_seeds(SMART_WHEN_ROWS, ("no SMART", "SMART on Quora"), (2,)),
+    question="Does SMART help at first and stop to help later, and on which task?",
+    blocks={"a tenth of the rows": ""},
+    scale=0.5,
+)
+
+# --- the figures of the papers ------------------------------------------------------------------------------------
+
+QUARTER = "--epochs 1 --epoch_size 0.25 --batch_size 16 --pooling mean --seed 1"
+BERTER_FIGURES = Group(
+    QUARTER,
+    {
+        "lr 1e-4, batch 16, dropout 0.3": "--lr 1e-4",
+        **{f"lr {rate}": f"--lr {rate}" for rate in ("1.3e-5", "3e-5", "3e-4", "1e-3")},
+        **{f"batch {size}": f"--lr 1e-4 --batch_size {size}" for size in (8, 32, 64)},
+        **{f"dropout {p}": f"--lr 1e-4 --hidden_dropout_prob {p}" for p in (0, 0.1, 0.2)},
+        "SST over epochs": "--lr 1e-4 --tasks sst --epochs 8",
+    },
+    question="Which learning rate, batch size, dropout and number of epochs are good (BERTer, figures 1 to 4)?",
+)
+# equally many examples under every split; full has 28,753 in an epoch, equal 23,128, proportional 17,444
+SMARTER = Group(
+    QUARTER,
+    {
+        "learning curves: no SMART": f"{TENTH} --epochs 8 --epoch_size 1",
+        "learning curves: Gaussian SMART": f"{TENTH} --epochs 8 --epoch_size 1 --smart --smart_form gaussian",
+        "splits: full": "--split full --epochs 4 --epoch_size 0.0625",
+        "splits: equal": "--split equal --epochs 4 --epoch_size 0.0777",
+        "splits: proportional": "--split proportional --epochs 4 --epoch_size 0.103",
+        "surgery: all tasks a step": "--step all_tasks",
+        "surgery: PCGrad": "--gradients pcgrad",
+        "surgery: GradVac": "--gradients gradvac",
+        "surgery: PCGrad, full split": "--gradients pcgrad --split full",
+        "surgery: PCGrad, proportional split": "--gradients pcgrad --split proportional",
+    },
+    question="Does Gaussian SMART regularise, and do the gradients of the tasks conflict (SMARTer BERT)?",
+    blocks={"learning curves": "", "splits": "", "surgery": ""},
+)
+ADAPTATIONS = Group(
+    "--epochs 4 --epoch_size 0.0625 --batch_size 16 --pooling mean --seed 1",
+    {
+        "plain (SST only)": "--tasks sst",
+        "baseline": "",
+        "SMART with Bregman": "--smart --bregman",
+        "adapter before": "--adapter before",
+        "adapter after": "--adapter after",
+        "Houlsby": "--adapter houlsby",
+        "LHUC": "--adapter lhuc",
+        "PAL": "--adapter pal",
+        "LoRA": "--adapter lora",
+    },
+    question="How do adapters compare with fine-tuning of all parameters (layer-level adaptations, table 1)?",
+)
+RECIPE = {"best recipe, seed 1": "--seed 1", "best recipe, seed 2": "--seed 2", "best recipe, seed 3": "--seed 3"}
+SCORE = Group(
+    "--epochs 3 --epoch_size 1 --batch_size 16 --pooling mean --bregman sst sts",
+    RECIPE | {"ensemble of three seeds": f"-m {ENSEMBLE} {' '.join(map(slug, RECIPE))}"},
+    question="What do three models of the best recipe score, alone and as an ensemble?",
+)
 GROUPS = {
     "core": CORE,
     "methods": METHODS,
@@ -237,4 +347,11 @@ GROUPS = {
     "exits": EXITS,
     "berter-table2": BERTER_TABLE_2,
     "exit-thresholds": EXIT_THRESHOLDS,
+    "slf-ablation": SLF_ABLATION,
+    "embedding-order": EMBEDDING_ORDER,
+    "smart-when": SMART_WHEN,
+    "berter-figures": BERTER_FIGURES,
+    "smarter": SMARTER,
+    "adaptations": ADAPTATIONS,
+    "score": SCORE,
 }
