@@ -212,7 +212,6 @@ BERTER_TABLE_2 = Group(
     TABLE_2 | TABLE_2_BEST | more_seeds(TABLE_2, ("Baseline", "SLF + Conc Before Embed")),
     question="Do the methods of BERTer's Table 2 help, each at the same budget?",
     blocks={"best recipe": f"--pooling mean {CONCAT} --para_loss bce --sampler random"},
-    scale=0.5,
 )
 
 # --- open questions -----------------------------------------------------------------------------------------------
@@ -228,7 +227,6 @@ EXIT_THRESHOLDS = Group(
     "--early_exit --pooling mean --epochs 2 --epoch_size 1 --batch_size 16 --seed 1",
     EXIT_TRAINING | more_seeds(EXIT_TRAINING, ("joint",), (2,)),
     question="How many layers does early exit save at which loss of score, and does the balance differ by task?",
-    scale=0.5,
 )
 # Equal compute: a run costs as many layer passes as two epochs of plain training (forward 1, backward 2, per layer and
 # token; measure.training_cost counts them). Stage 1 of SLF trains layer i with i passes forward and 2 backward, 33 for
@@ -246,7 +244,6 @@ SLF_ABLATION = Group(
     "--epochs 2 --batch_size 16 --pooling mean --seed 1",
     SLF_ABLATION_ROWS | more_seeds(SLF_ABLATION_ROWS, SLF_ABLATION_ROWS, (2,)),
     question="Is Sequential Layer Focus better than other ways to train layer by layer, at equal compute?",
-    scale=0.5,
 )
 ENCODINGS = {
     "concat": "--pairs concat",
@@ -264,7 +261,6 @@ EMBEDDING_ORDER = Group(
     EMBEDDING_ORDER_ROWS | more_seeds(EMBEDDING_ORDER_ROWS, EMBEDDING_ORDER_ROWS, (2,)),
     question="Does it help to embed the two texts of a pair apart, before they are joined?",
     blocks={"mean": "", "cls": ""},
-    scale=0.5,
 )
 TENTH = "--train_rows sst=854 para=1417 sts=604"
 SMART_WHEN_ROWS = {
@@ -283,7 +279,6 @@ SMART_WHEN = Group(
     SMART_WHEN_ROWS | more_seeds(SMART_WHEN_ROWS, ("no SMART", "SMART on Quora"), (2,)),
     question="Does SMART help at first and stop to help later, and on which task?",
     blocks={"a tenth of the rows": ""},
-    scale=0.5,
 )
 
 # --- the figures of the papers ------------------------------------------------------------------------------------
