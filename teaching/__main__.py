@@ -1,6 +1,7 @@
 """The command line of the course: python -m teaching starter | grade | handout."""
 
 from errors import Parser, run_script
+from methods import positive_int, seed
 
 from .grade import PUBLIC_SEED, SECONDS, grade
 from .parts import PARTS
@@ -19,8 +20,8 @@ def make_parser():
     grading = commands.add_parser("grade", help="print the points of a copy, and what to look at")
     grading.add_argument("submission", help="the folder with the student's .py files")
     grading.add_argument("part", nargs="*", choices=[[], *PARTS], help=f"of {', '.join(PARTS)}; default: all")
-    grading.add_argument("--seed", type=int, default=PUBLIC_SEED, help="draws other models, vocabularies and shapes")
-    grading.add_argument("--time", type=int, default=SECONDS, help="seconds for each part")
+    grading.add_argument("--seed", type=seed, default=PUBLIC_SEED, help="draws other models, vocabularies and shapes")
+    grading.add_argument("--time", type=positive_int, default=SECONDS, help="seconds for each part")
     grading.add_argument("--results", help="also write Gradescope's results.json to this file")
     return parser
 
