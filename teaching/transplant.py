@@ -59,6 +59,12 @@ def top_level(tree):
     return {name: statement for statement in tree.body for name in names_bound(statement)}
 
 
+def own_names(node):
+    """Return the names of a function's parameters and variables."""
+    stored = {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    return stored | {n.arg for n in ast.walk(node) if isinstance(n, ast.arg)}
+
+
 def names_used(node):
     """Return all names that a node reads."""
     return {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
@@ -92,9 +98,7 @@ class Rename(ast.NodeTransformer):
         return ast.copy_location(ast.Name(self.names.get(node.id, node.id), node.ctx), node)
 
     def visit_inner(self, node):
-        arguments = [a.arg for a in ast.walk(node.args) if isinstance(a, ast.arg)]
-        stored = [n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
-        own = {*arguments, *stored}
+        own = own_names(node)
         Rename({old: new for old, new in self.names.items() if old not in own}).generic_visit(node)
         if not isinstance(node, ast.Lambda):
             node.name = self.names.get(node.name, node.name)
@@ -147,6 +151,7 @@ class Transplant:
     def check(self, where, node):
         """Refuse code that uses what is forbidden in this part, or reaches around its function."""
         forbidden = PARTS[self.part].forbidden
+        own = own_names(node)
         for n in ast.walk(node):
             if isinstance(n, ast.Import | ast.ImportFrom):
                 self.check_import(where, n)
@@ -160,7 +165,7 @@ class Transplant:
                 if name in forbidden:
                     self.refuse(where, f"uses {name}, which is forbidden in part {self.part}: write it yourself")
                 hidden = name.startswith("__") and name.endswith("__") and name not in SPECIAL_METHODS
-                if name in BANNED and name not in self.theirs or hidden:
+                if name in BANNED and name not in own and name not in self.theirs or hidden:
                     self.refuse(where, f"uses {name}, which the grader does not take over")
 
     def take(self, name):
@@ -212,7 +217,7 @@ class Transplant:
             self.refuse(inner, "is missing: keep the function under its name")
         if signature(function) != expected:
             self.refuse(inner, f"was changed to `{signature(function)}`: keep `{expected}`")
-        self.check(inner, ast.Module(function.body, []))
+        self.check(inner, function)
         self.follow(ast.Module(function.body, []))
         owner, _, _ = inner.rpartition(".")
         if owner:

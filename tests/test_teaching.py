@@ -306,6 +306,20 @@ def test_a_helper_that_cannot_be_taken_over_is_named(submission, helpers, senten
     assert sentence in refused(submission)
 
 
+def test_a_variable_may_have_the_name_of_a_forbidden_function(submission):
+    body = "input = query @ key.transpose(2, 3)\nreturn [exit for exit in (input, value)][1]"
+    submission.body("bert.attend_plain", body)
+    assert "computed attend_plain" in submission.grade("attention")[1].output
+
+
+def test_a_blank_does_not_hide_a_mistake_beside_it(submission):
+    submission.change("bert.py", *BUGS["heads cut without a transpose"][1:3])
+    submission.body(
+        "bert.BertSelfAttention.merge_heads", 'raise NotImplementedError("part attention: write merge_heads")'
+    )
+    assert "computed split_heads(x)" in submission.grade("attention")[0].output
+
+
 def test_changes_that_are_not_taken_over_are_named(submission):
     submission.change("bert.py", "self.num_attention_heads = config.num_attention_heads", "self.heads = 2")
     submission.body("bert.BertSelfAttention.split_heads", "return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)")
@@ -399,6 +413,17 @@ def test_the_process_has_no_reference_and_no_network(submission):
     body = "torch.distributed.rendezvous\nimport urllib.request\nreturn value"
     submission.body("bert.attend_plain", body)
     assert "imports urllib.request" in refused(submission)
+
+
+def test_the_process_has_no_network_where_the_system_can_take_it():
+    if not grading.without_network():
+        pytest.skip("no unshare, or no right to use it")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        code = f"import socket; socket.create_connection(('127.0.0.1', {server.getsockname()[1]}), 5)"
+        command = [sys.executable, "-c", code]
+        assert subprocess.run(command, capture_output=True).returncode == 0
+        done = subprocess.run([*grading.without_network(), *command], capture_output=True, text=True)
+    assert "unreachable" in done.stderr
 
 
 def test_frames_are_never_unpickled():
