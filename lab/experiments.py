@@ -41,6 +41,8 @@ from samplers import rows_per_epoch
 from tasks import TASKS
 
 REPORT, SCRATCH = "report", HERE / "runs" / "scratch"
+# thresholds whose time is measured
+TIMED = "0.5,0.6,0.7,0.8,0.9,0.95,0.99,0.999"
 # for estimates, measured on one core with the small weights: seconds to train on one example, and to score the dev
 # set; the training rows of the data
 EXAMPLE_SECONDS, DEV_SECONDS, START_SECONDS = 0.011, 18, 60
@@ -73,12 +75,12 @@ def estimate(words):
 # --- training -----------------------------------------------------------------------------------------------------
 
 
-def start(words, log, threads):
+def start(words, log):
     """Run a program to its end; with a log file, on one core and with its output in there. Returns its status."""
     if not log:
         return subprocess.run([sys.executable, *words], cwd=HERE).returncode
     log.parent.mkdir(parents=True, exist_ok=True)
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with open(log, "ab") as out:
         return subprocess.run(
             [sys.executable, *words], cwd=HERE, env=environment, stdout=out, stderr=subprocess.STDOUT
@@ -100,12 +102,27 @@ def run_row(group, name, place, log=None):
             else:
                 words += ["--resume"]
         print(f"== {group}: {name}\n{' '.join(words)}", flush=True)
-        if start(words, log, 1) == 130:
+        if start(words, log) == 130:
             raise InputError("interrupted: the same command continues from here")
         trained = True
     if not is_other and (folder / "best.safetensors").exists() and not (folder / "measured.json").exists():
-        start(["-m", "lab.measure", str(folder.resolve()), *data], log, 1)
+        start(["-m", "lab.measure", str(folder.resolve()), *data], log)
     return trained
+
+
+def time_exits(rows, place):
+    """Measure how long the dev rows take at several exit thresholds, one saved model after the other, nothing beside.
+
+    Training times under --jobs are no timings: two rows share the machine's caches and memory.
+    """
+    for group, name in rows:
+        folder = place.run(group, name)
+        if "--early_exit" in place.command(group, name) and (folder / "summary.json").exists():
+            words = ["multitask_classifier.py", "--option", "evaluate", "--run_dir", str(folder.resolve())]
+            words += ["--exit_threshold", TIMED]
+            words += ["--data_dir", str(Path(place.data_dir).resolve())] if place.data_dir else []
+            if not (folder / "evaluate" / "sweep.csv").exists():
+                start(words, None)
 
 
 def finish_row(group, name, place):
@@ -242,6 +259,7 @@ def make_parser():
     parser.add_argument("--only", nargs="+", metavar="NAME", help="only these rows")
     parser.add_argument("--jobs", type=positive_int, default=1, help="rows to train side by side, each on one core")
     parser.add_argument("--hours", type=positive, default=1000, help="no row starts after so many hours")
+    parser.add_argument("--time", action="store_true", help="time the exits of the trained rows, and train nothing")
     parser.add_argument("--list", action="store_true", help="print the commands and their minutes, train nothing")
     parser.add_argument("--collect", action="store_true", help="make the tables from what is there, train nothing")
     check = parser.add_argument_group("check run", "goes quickly through all rows and leaves results/ alone")
@@ -285,7 +303,9 @@ def main(argv=None):
     rows = choose_rows(args)
     if args.list:
         return list_rows(rows, place)
-    if not args.collect:
+    if args.time:
+        time_exits(rows, place)
+    elif not args.collect:
         run_rows(rows, place, args.jobs, args.hours)
     for group in args.groups:
         record_rows(group, place)

@@ -146,21 +146,86 @@ def caption(group, rows, head):
     return text
 
 
+# --- early exit at many thresholds --------------------------------------------------------------------------------
+
+
+def exit_points(rows):
+    """Every measured setting of the exits: (run, task, kind of certainty, setting, score, layers)."""
+    for name, row in rows.items():
+        exits = (row.get("measured") or {}).get("exits") or {}
+        for task, kinds in exits.get("curves", {}).items():
+            for kind, curve in kinds.items():
+                yield from ((name, task, kind, f"{p['threshold']:g}", p["score"], p["layers"]) for p in curve)
+        for kind, points in exits.get("chosen", {}).items():
+            for point in points:
+                setting = f"chosen, may lose {point['allowed']:.2%}"
+                yield from ((name, t, kind, setting, p["score"], p["layers"]) for t, p in point["tasks"].items())
+                yield name, "all", kind, setting, point["norm"], point["layers"]
+        yield from ((name, t, "oracle", "oracle", p["score"], p["layers"]) for t, p in exits.get("oracle", {}).items())
+
+
+def exits_csv(rows):
+    """The CSV of all settings of the exits."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["run", "task", "certainty", "setting", "score", "layers"])
+    writer.writerows((*words, f"{score:.6g}", f"{layers:.6g}") for *words, score, layers in exit_points(rows))
+    return out.getvalue()
+
+
+def time_table(rows):
+    """The time of the dev rows at several thresholds, as the mean over the runs that were timed."""
+    sweeps = [row["sweep"] for row in rows.values() if row.get("sweep")]
+    if not sweeps:
+        return ["### Time", "", "Not run.", ""]
+    lines = []
+    for setting in sweeps[0]:
+        norm, layers = (mean(sweep[setting][key] for sweep in sweeps) for key in ("score", "mean_layers"))
+        milliseconds = mean(1000 / sweep[setting]["examples_per_second"] for sweep in sweeps)
+        full = mean(1000 / sweep["full depth"]["examples_per_second"] for sweep in sweeps)
+        lines.append([setting, f"{norm:.3f}", f"{layers:.2f}", f"{milliseconds:.2f}", f"{milliseconds / full:.2f}"])
+    head = ["threshold for all tasks", "norm", "layers", "ms per example", "share of full depth's"]
+    return ["### Time, measured alone on the machine (auto: chosen thresholds)", "", *markdown(head, lines), ""]
+
+
+def exits_section(rows):
+    """Tables of the settings: fixed thresholds, chosen ones and the oracle, as the mean over all runs of the page."""
+    points = {}
+    for _, task, kind, setting, score, layers in exit_points(rows):
+        points.setdefault((kind, setting), {}).setdefault(task, []).append((score, layers))
+    parts = []
+    for title, kind in (
+        ("One threshold for the confidence", "confidence"),
+        ("Chosen thresholds (learning to exit for STS, confidence otherwise)", "auto"),
+        ("Chosen thresholds (learning to exit for all tasks)", "lte"),
+        ("Oracle: the first exit that no other exit beats", "oracle"),
+    ):
+        chosen = {s: one for (k, s), one in points.items() if k == kind and (kind != "lte" or s.startswith("chosen"))}
+        tasks = [task for task in ("sst", "para", "sts", "all") if any(task in one for one in chosen.values())]
+        head = ["threshold", *(f"{'norm' if t == 'all' else t}: {what}" for t in tasks for what in ("score", "layers"))]
+        lines = []
+        for setting, one in chosen.items():
+            means = [mean(p[side] for p in one[task]) for task in tasks for side in (0, 1)]
+            lines.append([setting.replace("1.01", "never"), *(f"{value:.3f}" for value in means)])
+        parts += [f"### {title}", "", *markdown(head, lines), ""] if lines else []
+    note = (
+        "Means over the runs of this page that have the exits measured. Scores of chosen thresholds are cross-fitted."
+    )
+    return [*parts, note, ""] if parts else []
+
+
 # --- the answer ---------------------------------------------------------------------------------------------------
 
 
 def answer(group, rows):
-    """What the table says: the typed answer where its rows were run, otherwise what the differences say."""
+    """What the table says: typed sentences where their rows were run, then the differences from the baseline."""
     content = GROUPS[group]
     if not rows:
         return "Not answered: no row of this table was run."
-    if content.answer:
-        try:
-            return content.answer.format(rows=rows)
-        except (KeyError, TypeError):
-            pass  # a row that the answer names was not run
     missing = [name for name in content.rows if name not in rows]
     text = f"{len(missing)} of {len(content.rows)} rows were not run. " if missing else ""
+    if all(name in rows for name in content.answer_needs):
+        text += content.answer.format(rows=rows)
     compared = [row for row in rows.values() if "against_baseline" in row]
     for word, chosen in (
         ("above", [row for row in compared if row["against_baseline"]["low"] > 0]),
@@ -183,6 +248,7 @@ def page(group, rows):
     head, lines = table_lines(group, rows)
     picture = [f"![{TITLES[group]}]({group}.png)", ""] if group in PANELS and PANELS[group](rows) else []
     parts = [f"# {GROUPS[group].question}", "", *markdown(head, lines), "", caption(group, rows, head), "", *picture]
+    parts += exits_section(rows) if group == "exit-thresholds" else []
     parts += ["## Answer", "", answer(group, rows), ""]
     parts += [
         f"The numbers of every run are in [{group}.csv]({group}.csv). `python -m lab.experiments {group}` trains "
@@ -211,5 +277,7 @@ def write_page(group, rows, results):
     """Write the page of an experiment, its CSV, and its picture where there is something to draw."""
     write_whole(results / f"{group}.md", page(group, rows))
     write_whole(results / f"{group}.csv", numbers_csv(group, rows))
+    if group == "exit-thresholds":
+        write_whole(results / f"{group}-sweep.csv", exits_csv(rows))
     if panels := PANELS[group](rows) if group in PANELS else []:
         draw(results / f"{group}.png", panels, TITLES[group])

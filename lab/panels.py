@@ -57,17 +57,12 @@ def berter_table2(rows):
         if name.startswith(block)
     }
     series = ["full depth", "with early exit", "BERTer (norm of its three scores)"]
-    return drop_empty(
-        [
-            {
-                "title": "BERTer's recipe: [CLS], siamese [u; v], squared error",
-                "dots": paper,
-                "series": series,
-                "x": "norm",
-            },
-            {"title": "best recipe: mean pooling, concat, our losses", "dots": best, "series": series, "x": "norm"},
-        ]
+    papers, our_own = (
+        "BERTer's recipe: [CLS], siamese [u; v], squared error",
+        "best recipe: mean pooling, concat, our losses",
     )
+    panels = [(papers, paper), (our_own, best)]
+    return drop_empty([{"title": t, "dots": dots, "series": series, "x": "norm", "wide": True} for t, dots in panels])
 
 
 def mean_curves(runs, task, policy):
@@ -125,7 +120,7 @@ def slf_ablation(rows):
 def embedding_order(rows):
     """The scores of both pair tasks."""
     functions = [lambda runs, task=task: [spread([row["best"].get(task) for row in runs])] for task in ("para", "sts")]
-    return dots_of(rows, functions, ["mean of the seeds"], [("Quora", "accuracy"), ("STS", "Pearson r")])
+    return dots_of(rows, functions, ["_mean"], [("Quora", "accuracy"), ("STS", "Pearson r")])
 
 
 def smart_when(rows):
@@ -158,12 +153,12 @@ def berter_figures(rows):
         }
         points |= {default: base} if base else {}
         x = sorted(points)
-        return {word: {"x": x, "y": [points[value]["last"][key] for value in x], "style": 0}} if x else {}
+        return {f"_{word}": {"x": x, "y": [points[value]["last"][key] for value in x], "style": 0}} if x else {}
 
     epochs = {}
     if "SST over epochs" in rows:
         y = [phase["sst"] for phase in rows["SST over epochs"]["phases"]]
-        epochs = {"SST": {"x": [0.25 * (k + 1) for k in range(len(y))], "y": y}}
+        epochs = {"_SST": {"x": [0.25 * (k + 1) for k in range(len(y))], "y": y}}
     rate, batch, dropout = curve("lr", 1e-4, "sst"), curve("batch", 16, "norm"), curve("dropout", 0.3, "norm")
     return drop_empty(
         [
@@ -229,7 +224,7 @@ def adaptations(rows):
     return drop_empty(
         [
             {"title": "dev score over the training", "x": "share of the training", "y": "norm", "curves": curves},
-            {"title": "last score (millions of trained parameters)", "x": "norm", "dots": dots, "series": ["norm"]},
+            {"title": "last score (millions of trained parameters)", "x": "norm", "dots": dots, "series": ["_norm"]},
         ]
     )
 
@@ -237,7 +232,7 @@ def adaptations(rows):
 def score(rows):
     """The norm of each run, and of the ensemble."""
     dots = {name: [(row["best"]["norm"], None)] for name, row in rows.items()}
-    return drop_empty([{"title": "dev score of the best recipe", "x": "norm", "dots": dots, "series": ["norm"]}])
+    return drop_empty([{"title": "dev score of the best recipe", "x": "norm", "dots": dots, "series": ["_norm"]}])
 
 
 # {group: function from its rows to panels}, and the titles of the pictures
@@ -258,7 +253,7 @@ TITLES = {
     "slf-ablation": "Training layer by layer, at equal compute",
     "embedding-order": "Pair encodings: mean or [CLS] pooling (bars: standard deviation of the seeds)",
     "smart-when": "What SMART adds to the dev score, over the training (grey: noise of one seed)",
-    "berter-figures": "BERTer's figures 1 to 4: a quarter of an epoch each",
+    "berter-figures": "BERTer's figures 1 to 4 (2 to 4: a quarter of an epoch)",
     "smarter": "SMARTer BERT: SMART as a regulariser, data splits, gradient conflicts",
     "adaptations": "Layer-level adaptations: dev score and trained parameters",
     "score": "The best recipe: three seeds and their ensemble",

@@ -78,18 +78,18 @@ def draw_dots(axes, panel):
     clean(axes, panel)
 
 
-def draw(path, panels, title, columns=2):
-    """Draw panels into one PNG, `columns` side by side."""
+def draw(path, panels, title):
+    """Draw panels into one PNG, two side by side; panels that are `wide` one below the other.
+
+    A label that starts with an underscore is not in the legend.
+    """
+    columns = 1 if any(panel.get("wide") for panel in panels) else 2
     columns = min(columns, len(panels))
-    lines = math.ceil(len(panels) / columns)
-    heights = [
-        max(2.9, *(0.9 + 0.27 * len(panel.get("dots", ())) for panel in panels[columns * k : columns * (k + 1)]))
-        if columns > 1
-        else max(2.9, 0.9 + 0.27 * len(panels[k].get("dots", ())))
-        for k in range(lines)
-    ]
+    lines = [panels[k : k + columns] for k in range(0, len(panels), columns)]
+    # a line of dots needs .27 inches; curves need 2.9
+    heights = [max(0.9 + 0.27 * len(one["dots"]) if "dots" in one else 2.9 for one in line) for line in lines]
     figure = Figure(figsize=(INCHES, sum(heights) + 0.7), layout="constrained", dpi=DPI)
-    grid = figure.subplots(lines, columns, squeeze=False, gridspec_kw={"height_ratios": heights}).flat
+    grid = figure.subplots(len(lines), columns, squeeze=False, gridspec_kw={"height_ratios": heights}).flat
     handles = {}
     for axes, panel in zip(grid, panels, strict=False):
         (draw_dots if "dots" in panel else draw_curves)(axes, panel)
@@ -98,14 +98,14 @@ def draw(path, panels, title, columns=2):
     for axes in list(grid)[len(panels) :]:
         axes.set_visible(False)
     figure.suptitle(title, fontsize=11)
-    if len(handles) > 1:
+    if handles:
         columns = max(1, min(4, 110 // max(map(len, handles))))
         figure.legend(handles.values(), handles, loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
     write_whole(path, lambda out: figure.savefig(out, format="png"))
 
 
 def draw_sweep(path, results):
-    """Draw the sweep of results/exits.md from its CSV: sweep.png a row of panels a task; sweep-norm.png for all tasks."""
+    """Draw the sweep of results/exits.md from its CSV: sweep.png for each task and all, sweep-norm.png for all."""
     with open(path, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     panels = []
