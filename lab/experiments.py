@@ -170,7 +170,7 @@ def run_rows(rows, place, jobs, hours):
 
 def collect(group, names, place):
     """Read the rows of some names from their runs, or else from the record, and print which names have no numbers."""
-    recorded, rows = load_rows(group, place.results), []
+    recorded, rows, missing = load_rows(group, place.results), [], []
     for name in names:
         folder, old = place.run(group, name), recorded.get(name)
         row = read_row(group, name, place) if name in GROUPS[group].rows else None
@@ -180,11 +180,13 @@ def collect(group, names, place):
         if not row and old and (removed or old["command"] == " ".join(place.command(group, name))):
             row = old
         if row:
-            # a comparison needs predictions, which may be gone
-            kept = {key: old[key] for key in ("against_peer", "mean_against_peer") if old and key in old}
-            rows.append(row | kept)
+            # a comparison needs predictions or data, which may be gone
+            compared = ("against_peer", "mean_against_peer", "against_baseline")
+            rows.append(row | {key: old[key] for key in compared if old and key in old})
         else:
-            print(f"no result: {name}")
+            missing.append(name)
+    if missing:
+        print(f"no result: {'; '.join(missing)}")
     compare_seeds(rows, place.runs / group)
     return rows
 
