@@ -289,7 +289,7 @@ class RunFolder:
 
 
 def check_same_run(config, flags, typed):
-    """Fail where a resumed run is given other flags, or other processes, than it was started with.
+    """Fail where a resumed run gets other flags, or other processes, than it was started with.
 
     Raises: InputError.
     """
