@@ -19,8 +19,8 @@ A claim states in advance which numbers would confirm or refute it, as two condi
 verdict that a person typed must be the one that the conditions give, otherwise no page is written. The program prints
 the claims whose numbers are there and whose verdict nobody has typed yet.
 
-An interval (± is half of the 95% interval) is the wider one of two: what other seeds would give, and, where both runs
-have their predictions recorded, a paired bootstrap over the dev rows.
+± is half of a 95% interval. It covers other seeds and, where the predictions of both sides are recorded, other dev rows
+(paired bootstrap); the two are independent, so their squares add up.
 """
 
 import argparse
@@ -131,14 +131,18 @@ def recipe(rows, name):
     return [row for key, row in rows.items() if split_name(key)[:2] == split_name(name)[:2]]
 
 
-def seed_noise(rows, group, key):
-    """Standard deviation of a score from seed to seed: the stated one, or that of the group's own seeds if larger."""
-    noise = SEED_NOISE[key] * (1 if group in LONG_GROUPS else SHORT)
+def seed_half(rows, group, key):
+    """Half of the 95% interval of a score of one seed: the stated one, or that of the group's own seeds if wider."""
+    # imported here: scipy.stats takes a second
+    from scipy.stats import t
+
+    stated = NORMAL_95 * SEED_NOISE[key] * (1 if group in LONG_GROUPS else SHORT)
     recipes = {split_name(name)[:2]: recipe(rows, name) for name in rows}
     values = [[value_of(row, key) for row in seeds if value_of(row, key) is not None] for seeds in recipes.values()]
     squares = sum(np.var(one) * len(one) for one in values if len(one) > 1)
     freedom = sum(len(one) - 1 for one in values if len(one) > 1)
-    return max(noise, (squares / freedom) ** 0.5) if freedom else noise
+    # few seeds estimate their standard deviation badly, so Student's t takes the place of the normal distribution
+    return max(stated, t.ppf(0.975, freedom) * (squares / freedom) ** 0.5) if freedom else stated
 
 
 def digest(*sides):
@@ -185,11 +189,11 @@ class Source:
         score = words[1].rpartition("/")[2]
         if score not in SEED_NOISE:
             return 0.0
-        noise = seed_noise(rows, words[0], score)
+        one_seed = seed_half(rows, words[0], score)
         bootstrap = self.recorded.get("intervals", {}).get(" | ".join(words), {})
         known = bootstrap and bootstrap["digest"] == digest(*sides)
-        of_seeds = NORMAL_95 * noise * sum(1 / len(side) for side in sides) ** 0.5
-        return max(of_seeds, bootstrap["half"]) if known else of_seeds
+        of_seeds = one_seed * sum(1 / len(side) for side in sides) ** 0.5
+        return float(np.hypot(of_seeds, bootstrap["half"] if known else 0.0))
 
     def errors(self):
         """The recorded error analysis, without the parts whose runs have other predictions today."""
@@ -246,12 +250,10 @@ def fill(sentences, numbers):
 
 
 def measured_text(claim, numbers):
-    """What was measured of a claim, and the groups that it comes from; or "not run" and the groups to run."""
+    """What was measured of a claim, and the groups that it comes from."""
     texts, used = fill(claim["measured"], numbers)
-    groups = {number.group for number in used.values()}
-    if not texts:
-        texts, groups = [NOT_RUN], {first_group(words) for words in claim["numbers"].values()}
-    return " ".join(texts) + (f" ({', '.join(sorted(groups))})" if groups else "")
+    groups = sorted({number.group for number in used.values()})
+    return " ".join(texts) + (f" ({', '.join(groups)})" if groups else "")
 
 
 def first_group(words):
@@ -263,8 +265,15 @@ def claim_cells(claim, source):
     """The cells of a claim's line in its table."""
     numbers = {name: source.number(words) for name, words in claim.get("numbers", {}).items()}
     verdict = verdict_of(claim, numbers)
-    decides = f": {claim['decides']}" if verdict == UNDECIDED and "decides" in claim else ""
-    return [claim["where"], claim["claim"], measured_text(claim, numbers), f"**{verdict}**{decides}"]
+    # what would decide it: more than was run, or the groups that were not run
+    missing = sorted({first_group(claim["numbers"][name]) for name, number in numbers.items() if number is None})
+    decides = {UNDECIDED: claim.get("decides"), NOT_RUN: ", ".join(missing)}.get(verdict)
+    return [
+        claim["where"],
+        claim["claim"],
+        measured_text(claim, numbers),
+        f"**{verdict}**" + (f": {decides}" if decides else ""),
+    ]
 
 
 def render(source):
