@@ -47,7 +47,7 @@ CLAIMS = Path(__file__).with_name("findings.toml")
 CONFIRMED, REFUTED, UNDECIDED, NOT_RUN = "confirmed", "refuted", "not decided here", "not run"
 # standard deviation of a score from seed to seed after a long run; a short run's is SHORT times as large
 SEED_NOISE = {"norm": 0.005, "sst": 0.01, "para": 0.005, "sts": 0.005, "cfimdb": 0.02}
-SHORT, LONG_GROUPS = 2, ("core", "splits", "exits", "score")
+SHORT, SHORT_GROUPS = 2, ("methods", "defaults", "berter-figures", "smarter", "adaptations")
 # half of a 95% interval, in standard deviations
 NORMAL_95 = 1.96
 RESAMPLES = 2000
@@ -136,7 +136,7 @@ def seed_half(rows, group, key):
     # imported here: scipy.stats takes a second
     from scipy.stats import t
 
-    stated = NORMAL_95 * SEED_NOISE[key] * (1 if group in LONG_GROUPS else SHORT)
+    stated = NORMAL_95 * SEED_NOISE[key] * (SHORT if group in SHORT_GROUPS else 1)
     recipes = {split_name(name)[:2]: recipe(rows, name) for name in rows}
     values = [[value_of(row, key) for row in seeds if value_of(row, key) is not None] for seeds in recipes.values()]
     squares = sum(np.var(one) * len(one) for one in values if len(one) > 1)
