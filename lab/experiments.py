@@ -29,14 +29,13 @@ from lab import peer  # isort: skip # noqa: F401
 from building import build_table
 from datasets import find_data_dir
 from errors import InputError, run_script
-from flags import per_task
 from lab.compare import compare_seeds, compare_with_baseline
 from lab.pages import write_page
 from lab.pictures import draw_sweep
 from lab.record import HERE, RESULTS, Place, flags_of, load_rows, read_row, write_row
 from lab.rows import COMMON, ENSEMBLE, GROUPS, command_of, slug, split_name
 from lab.tables import comparison_table, replace_between, score_table
-from methods import positive, positive_int, share
+from methods import below_one, per_task, positive, positive_int
 from samplers import rows_per_epoch
 from tasks import TASKS
 
@@ -265,7 +264,7 @@ def make_parser():
     parser.add_argument("--list", action="store_true", help="print the commands and their minutes, train nothing")
     parser.add_argument("--collect", action="store_true", help="make the tables from what is there, train nothing")
     check = parser.add_argument_group("check run", "goes quickly through all rows and leaves results/ alone")
-    check.add_argument("--fraction", type=share, help="share of the rows of every data file")
+    check.add_argument("--fraction", type=below_one, help="share of the rows of every data file")
     check.add_argument("--epochs", type=positive_int, help="epochs of every row")
     check.add_argument("--weights", help="weights of every row")
     check.add_argument("--scratch", type=Path, default=SCRATCH, help="folder of the check run; its content is replaced")

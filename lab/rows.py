@@ -256,7 +256,6 @@ BERTER_TABLE_2 = Group(
     TABLE_2 | TABLE_2_BEST | more_seeds(TABLE_2, ("Baseline", "SLF + Conc Before Embed")),
     question="Do the methods of BERTer's Table 2 help, each at the same budget?",
     blocks={"best recipe": f"--pooling mean {CONCAT} --para_loss bce --sampler random"},
-    scale=0.5,
     paper=BERTER_PAPER,
     baseline="Baseline",
     columns=(*SCORES, "best norm", "Quora positive", "norm with exits", "layers", "stages", *MINUTES),
@@ -286,7 +285,6 @@ EXIT_THRESHOLDS = Group(
     "--early_exit --pooling mean --epochs 2 --epoch_size 1 --batch_size 16 --seed 1",
     EXIT_TRAINING | more_seeds(EXIT_TRAINING, ("joint",), (2,)),
     question="How many layers does early exit save at which loss of score, and does the balance differ by task?",
-    scale=0.5,
     baseline="joint",
     columns=(*SCORES, "best norm", "norm with exits", "layers", "oracle's layers", *MINUTES),
     answer=EXIT_ANSWER,
@@ -308,7 +306,6 @@ SLF_ABLATION = Group(
     "--epochs 2 --batch_size 16 --pooling mean --seed 1",
     SLF_ABLATION_ROWS | more_seeds(SLF_ABLATION_ROWS, SLF_ABLATION_ROWS, (2,)),
     question="Is Sequential Layer Focus better than other ways to train layer by layer, at equal compute?",
-    scale=0.5,
     baseline="last exit alone",
     columns=(*SCORES, "best norm", "norm with exits", "layers", "compute", *MINUTES),
 )
@@ -328,7 +325,6 @@ EMBEDDING_ORDER = Group(
     EMBEDDING_ORDER_ROWS | more_seeds(EMBEDDING_ORDER_ROWS, EMBEDDING_ORDER_ROWS, (2,)),
     question="Does it help to embed the two texts of a pair apart, before they are joined?",
     blocks={"mean": "", "cls": ""},
-    scale=0.5,
     baseline="concat",
     columns=("para", "sts", "norm", "best norm", "Quora positive", *MINUTES),
 )
@@ -349,7 +345,6 @@ SMART_WHEN = Group(
     SMART_WHEN_ROWS | more_seeds(SMART_WHEN_ROWS, ("no SMART", "SMART on Quora"), (2,)),
     question="Does SMART help at first and stop to help later, and on which task?",
     blocks={"a tenth of the rows": ""},
-    scale=0.5,
     baseline="no SMART",
     columns=(*SCORES, "best norm", "Quora positive", *MINUTES),
 )

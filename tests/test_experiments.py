@@ -13,10 +13,11 @@ from matplotlib.image import imread
 import multitask_classifier
 from early_exit import AllExits
 from errors import InputError
-from flags import check_flags, parse_flags, per_task
+from flags import check_flags, parse_flags
 from lab import compare, ensemble, experiments, measure, pages, panels, peer, record, tables
 from lab.record import Place, load_rows, read_row, write_row
 from lab.rows import GROUPS, command_of, slug, split_name
+from methods import per_task
 from runs import FORMAT
 from tasks import build_tasks
 

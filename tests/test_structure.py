@@ -22,7 +22,7 @@ SUBJECT = (
     *("evaluation", "early_exit", "slf", "smart", "adapters", "gradients", "predict"),
 )
 # Ceilings in lines of code without blank lines, comments and docstrings. Raise one only with a line in LOG.md.
-SUBJECT_LINES, RUNNING_LINES, CLASSIFIER_LINES, FILES = 2720, 1700, 400, 25
+SUBJECT_LINES, RUNNING_LINES, CLASSIFIER_LINES, FILES = 2720, 1850, 400, 25
 COMMENTS_PER_100 = 12
 FUNCTION_LINES, PARAMETERS, FIELDS = 60, 7, 12
 # the fields of BertConfig are the names of the hub's config.json
@@ -35,7 +35,7 @@ DATA = ("tokenizer", "tasks", "datasets", "samplers")
 # {module: what it may import of ours}; each names only modules above it, so that there is no circle
 MAY_IMPORT = {
     "errors": (),
-    "methods": (),
+    "methods": ("errors",),
     "parallel": ("errors",),
     "files": ("errors", "parallel"),
     "tokenizer": ("errors",),
@@ -56,7 +56,9 @@ MAY_IMPORT = {
     "runs": ("base_bert", "errors", "files", "parallel"),
     "report": ("early_exit", "evaluation", "files", "parallel", "runs", "tasks"),
     "flags": (*METHODS, "errors", "methods", "runs", "datasets", "samplers", "tasks"),
-    "building": (*METHODS, *DATA, "base_bert", "errors", "flags", "methods", "parallel", "runs", "weights"),
+    "building": (
+        *(*METHODS, *DATA, "base_bert", "errors", "evaluation", "flags", "methods", "parallel", "runs", "weights"),
+    ),
     "multitask_classifier": (
         *(*METHODS, *DATA, "base_bert", "bert", "building", "errors", "evaluation", "flags", "methods", "parallel"),
         *("report", "runs"),
