@@ -29,6 +29,7 @@ from lab import peer  # isort: skip # noqa: F401
 from building import build_table
 from datasets import find_data_dir
 from errors import InputError, run_script
+from lab import findings
 from lab.compare import compare_seeds, compare_with_baseline
 from lab.pages import write_page
 from lab.pictures import draw_sweep
@@ -221,6 +222,7 @@ def report(results):
     for group in GROUPS:
         write_tables(group, list(load_rows(group, results).values()), results)
     draw_sweep(results / "sweep.csv", results)
+    findings.write_page(results)
 
 
 def cut_data(data_dir, target, fraction):
