@@ -56,6 +56,17 @@ def test_names_have_a_block_a_recipe_and_a_seed():
     assert split_name("siamese, uv") == ("", "siamese, uv", 1)
 
 
+def test_the_preset_is_the_recipe_of_the_score_table(capsys):
+    """A flag after the preset wins; what the preset stands for is printed."""
+    flags, typed, _ = parse_flags(["--preset", "best", "--epochs", "2"])
+    recipe = parse_flags(command_of("score", "best recipe, seed 1")[1:])[0]
+    assert {"pooling", "bregman", "epochs"} < typed and flags["epochs"] == 2
+    free = ("preset", "epochs", "weights", "precision", "seed")
+    assert {k: v for k, v in flags.items() if k not in free} == {k: v for k, v in recipe.items() if k not in free}
+    assert capsys.readouterr().out.startswith("--preset best: --epochs 3")
+    check_flags(flags, typed)
+
+
 def test_further_seeds_come_last():
     args = SimpleNamespace(groups=["berter-table2", "exit-thresholds"], only=None)
     chosen = experiments.choose_rows(args)
