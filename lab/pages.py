@@ -14,6 +14,7 @@ from lab.panels import PANELS, TITLES
 from lab.pictures import draw
 from lab.rows import GROUPS, command_of, own_words, split_name
 from lab.tables import commit_list, markdown
+from tasks import build_tasks
 
 # one dev run's standard deviation, from seeds of long runs
 NOISE = 0.0055
@@ -67,13 +68,16 @@ COLUMNS = {
     "layers": (".2f", lambda row: exits_of(row).get("layers")),
     "oracle's layers": (".2f", oracle("layers")),
     "stages": ("", stages),
+    "train sst": (".3f", lambda row: ((row.get("measured") or {}).get("train_scores") or {}).get("sst")),
     "compute": (".2f", measured("compute")),
     "trained": (",.0f", measured("trained")),
     "train min": (".1f", lambda row: row["train_seconds"] / 60),
     "eval min": (".1f", lambda row: row["eval_seconds"] / 60),
     "MiB": (".0f", lambda row: row["peak_mib"]),
 }
-PAPER_COLUMNS = {f"paper: {key}": (".3f", paper_number(key)) for key in ("sst", "para", "sts", "norm", "printed")}
+PAPER_COLUMNS = {
+    f"paper: {key}": (".3f", paper_number(key)) for key in ("sst", "para", "sts", "norm", "printed", "h:min")
+}
 NOTES = {
     "best norm": "`best norm` is the highest norm of any phase, so it was chosen on the same dev data",
     "Quora positive": "`Quora positive` is the share of pairs that the model calls paraphrases (in dev .378 are)",
@@ -82,6 +86,7 @@ NOTES = {
     "layers": "`layers` is the mean number of layers that these rows use",
     "oracle's layers": "`oracle's layers` is the mean if each row left at its first exit that no other exit beats",
     "stages": "`stages` are those of Smart Alternating, A for the last exit and B for all exits",
+    "train sst": "`train sst` is the accuracy of the kept model on 1,000 training rows",
     "compute": "`compute` counts layer passes (forward 1, backward 2), in epochs of plain training",
     "trained": "`trained` is the number of parameters that train",
     "difference": "`difference` is the norm of the kept model minus the baseline's, with a 95% interval by paired "
@@ -214,6 +219,34 @@ def exits_section(rows):
     return [*parts, note, ""] if parts else []
 
 
+# --- confusion and ensemble ---------------------------------------------------------------------------------------
+
+
+def score_section(rows):
+    """The confusion matrix of the last row with one, and the ensemble's comparisons."""
+    parts, with_classes = [], [row for row in rows.values() if "confusion" in row["metrics"]["best"].get("sst", {})]
+    if with_classes:
+        names = build_tasks()["sst"].label_names
+        counts = with_classes[-1]["metrics"]["best"]["sst"]["confusion"]
+        lines = [[gold, *map(str, line)] for gold, line in zip(names, counts, strict=True)]
+        title = f"### SST rows of dev by label and prediction: {with_classes[-1]['name']}"
+        parts += [title, "", *markdown(["label", *(f"predicted {name}" for name in names)], lines), ""]
+    for row in rows.values():
+        against = (row.get("measured") or {}).get("against") or {}
+        lines = [
+            [name, f"{one['difference']:+.4f}", f"{one['low']:+.4f} to {one['high']:+.4f}", f"{one['not_better']:.1%}"]
+            for name, one in against.items()
+        ]
+        if lines:
+            head = ["compared with", "difference of the norm", "95% interval", "not better in"]
+            parts += [f"### {row['name']}, by paired bootstrap over the dev rows", "", *markdown(head, lines), ""]
+    return parts
+
+
+# what a page has between its table and its answer
+SECTIONS = {"exit-thresholds": exits_section, "score": score_section}
+
+
 # --- the answer ---------------------------------------------------------------------------------------------------
 
 
@@ -248,7 +281,7 @@ def page(group, rows):
     head, lines = table_lines(group, rows)
     picture = [f"![{TITLES[group]}]({group}.png)", ""] if group in PANELS and PANELS[group](rows) else []
     parts = [f"# {GROUPS[group].question}", "", *markdown(head, lines), "", caption(group, rows, head), "", *picture]
-    parts += exits_section(rows) if group == "exit-thresholds" else []
+    parts += SECTIONS[group](rows) if group in SECTIONS else []
     parts += ["## Answer", "", answer(group, rows), ""]
     parts += [
         f"The numbers of every run are in [{group}.csv]({group}.csv). `python -m lab.experiments {group}` trains "

@@ -322,7 +322,7 @@ def make_row(group, name, rng):
     }
     row |= {"positive_rate": 0.4, "train_seconds": 90.0, "eval_seconds": 30.0, "peak_mib": 2000, "exits": None}
     names = tasks[:1] if "--tasks sst" in row["command"] else tasks
-    row["metrics"] = {"last": dict.fromkeys(names, {})}
+    row["metrics"] = {"last": dict.fromkeys(names, {}), "best": {"sst": {"confusion": np.eye(5, dtype=int).tolist()}}}
     row["phases"] = [{"phase": f"epoch 1/4, stage {letter} (all exits)", **scores()} for letter in "AABA"]
     row["losses"] = {"step": [50, 100], "sst loss": [1.5, 1.2], "cosine sst-para": [0.1, None]}
     row["measured"] = {"trained": 1000, "compute": 2.0}
@@ -357,6 +357,15 @@ def test_a_row_that_was_not_run_is_marked(group):
     text = pages.page(group, {})
     assert text.count("| not run |") == sum(split_name(name)[2] == 1 for name in GROUPS[group].rows)
     assert "Not answered: no row of this table was run." in text and panels.PANELS[group]({}) == []
+
+
+def test_the_page_of_the_score_has_confusion_matrix_and_comparisons():
+    row = make_row("score", "ensemble of three seeds", np.random.default_rng(0))
+    row["measured"]["against"] = {"their mean": {"difference": 0.01, "low": -0.001, "high": 0.02, "not_better": 0.04}}
+    text = pages.page("score", {row["name"]: row})
+    assert "| their mean | +0.0100 | -0.0010 to +0.0200 | 4.0% |" in text
+    [first] = [line for line in text.splitlines() if line.startswith("| negative |")]
+    assert first == "| negative | 1 | 0 | 0 | 0 | 0 |"
 
 
 def test_seeds_are_averaged_in_the_table():
@@ -474,6 +483,11 @@ def test_a_check_run_goes_through_rows_and_leaves_results_alone(program, tmp_pat
         assert row["phases"] and row["losses"]["step"] and row["measured"]["exits"]["layer_scores"]
     early = rows[names[1]]["measured"]
     assert set(early["predictions"]["sst"]) == {"values", "left", "left_values"} and early["exits"]["chosen"]
+    place = Place(tmp_path / "scratch" / "runs", results, str(tmp_path / "scratch" / "data"))
+    experiments.time_exits([("berter-table2", name) for name in names], place)
+    sweep = record.read_sweep(place.run("berter-table2", names[1]))
+    assert list(sweep) == ["full depth", *experiments.TIMED.split(","), "auto"] and sweep["auto"]["sst"] > 0
+    assert record.read_sweep(place.run("berter-table2", names[0])) is None
     text = (results / "berter-table2.md").read_text()
     assert text.count("| not run |") == 14 and f"| {names[0]} | 1 |" in text
 
