@@ -137,7 +137,7 @@ def table_lines(group, rows):
 def caption(group, rows, head):
     """What the columns mean, the common flags, the budget, and where the rows were trained."""
     content, notes = GROUPS[group], [NOTES[key] for key in head if key in NOTES]
-    text = "Dev scores after the last phase. " + "".join(f"{note}. " for note in notes)
+    text = f"{content.note} ".lstrip() + "Dev scores after the last phase. " + "".join(f"{note}. " for note in notes)
     common = " ".join(command_of(group, None)[1:])
     text += f"Every run uses these flags: `{common}`. The last column adds flags or overrides them."
     if content.scale != 1:
@@ -260,15 +260,14 @@ def answer(group, rows):
     if all(name in rows for name in content.answer_needs):
         text += content.answer.format(rows=rows)
     compared = [row for row in rows.values() if "against_baseline" in row]
-    for word, chosen in (
-        ("above", [row for row in compared if row["against_baseline"]["low"] > 0]),
-        ("below", [row for row in compared if row["against_baseline"]["high"] < 0]),
-    ):
+    for word, sign in (("Above", 1), ("Below", -1)):
+        # the whole interval lies on one side of 0
+        sure = [row for row in compared if min(sign * row["against_baseline"][end] for end in ("low", "high")) > 0]
         names = [
-            f"{row['name'].partition(', seed ')[0]} ({row['against_baseline']['difference']:+.3f})" for row in chosen
+            f"{row['name'].partition(', seed ')[0]} ({row['against_baseline']['difference']:+.3f})" for row in sure
         ]
         text += (
-            f"{word.capitalize()} the baseline by more than chance on these dev rows: {', '.join(names) or 'none'}. "
+            f"{word} the baseline by more than chance on these rows: {', '.join(names) or 'none'}. " if compared else ""
         )
     return text + f"Another seed changes a norm by about {NOISE} (one standard deviation) after long runs."
 

@@ -29,7 +29,7 @@ class Group:
     multiplies the length of every run alike, so that a table fits into the time that there is. `baseline` is the row
     that the others are compared with; `columns` are names of pages.COLUMNS; `paper` is {row: {column: number}} of the
     paper's table. `answer` are typed sentences with fields like {rows[Baseline][last][norm]:.3f}, from the
-    rows in `answer_needs`.
+    rows in `answer_needs`. `note` are sentences below the table.
     """
 
     flags: str
@@ -43,6 +43,7 @@ class Group:
     paper: dict = field(default_factory=dict)
     answer: str = ""
     answer_needs: tuple = ()
+    note: str = ""
 
 
 def slug(name):
@@ -266,6 +267,9 @@ BERTER_TABLE_2 = Group(
     paper=BERTER_PAPER,
     baseline="Baseline",
     columns=(*SCORES, "best norm", "Quora positive", "norm with exits", "layers", "stages", *MINUTES),
+    note="All rows train on equally many examples: SLF spends half of them on stage 1, and Smart Alternating cuts its "
+    "part into twelve phases. `paper: norm` is computed from the paper's three scores, because most of its printed dev "
+    "scores do not follow from them. `paper: h:min` is the paper's training time, for bert-base on a T4 GPU.",
 )
 
 # --- open questions -----------------------------------------------------------------------------------------------
@@ -315,6 +319,8 @@ SLF_ABLATION = Group(
     question="Is Sequential Layer Focus better than other ways to train layer by layer, at equal compute?",
     baseline="last exit alone",
     columns=(*SCORES, "best norm", "norm with exits", "layers", "compute", *MINUTES),
+    note="All rows cost as many layer passes as two epochs of plain training. Stage 1 keeps no model, so `stage 1 "
+    "only` has a stage 2 of one batch a task.",
 )
 ENCODINGS = {
     "concat": "--pairs concat",
@@ -334,6 +340,8 @@ EMBEDDING_ORDER = Group(
     blocks={"mean": "", "cls": ""},
     baseline="concat",
     columns=("para", "sts", "norm", "best norm", "Quora positive", *MINUTES),
+    note="`concat` joins the texts before the embedding, as BERT does; `embed_concat` is what BERTer's section 3.4 "
+    "proposes; `siamese` encodes each text alone. MiniLM was tuned on pairs with siamese mean pooling.",
 )
 TENTH = "--train_rows sst=854 para=1417 sts=604"
 SMART_WHEN_ROWS = {
@@ -390,6 +398,8 @@ SMARTER = Group(
     question="Does Gaussian SMART regularise, and do the gradients of the tasks conflict (SMARTer BERT)?",
     blocks={"learning curves": "", "splits": "", "surgery": ""},
     columns=(*SCORES, "best norm", "train sst", "Quora positive", *MINUTES),
+    note="The learning curves train on a tenth of the rows, eight times. The splits train on equally many examples. "
+    "Gradient surgery takes one batch of every task in each step, so it takes fewer steps than the splits' rows.",
 )
 ADAPTATIONS = Group(
     "--epochs 4 --epoch_size 0.0625 --batch_size 16 --pooling mean --seed 1",
@@ -407,6 +417,8 @@ ADAPTATIONS = Group(
     question="How do adapters compare with fine-tuning of all parameters (layer-level adaptations, table 1)?",
     baseline="baseline",
     columns=(*SCORES, "best norm", "trained", *MINUTES),
+    note="The paper trained bert-base at a learning rate of 1e-3 for ten epochs. Untrained heads cannot be scored, so "
+    "the plain row has SST alone.",
     paper={
         "plain (SST only)": {"sst": 0.319, "para": 0.552, "sts": -0.067},
         "baseline": {"sst": 0.293, "para": 0.586, "sts": -0.047},
