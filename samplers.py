@@ -8,6 +8,9 @@ Data splitting (SMARTer BERT 5.3.2). The largest task drowns the other tasks unl
     proportional  "split2": the same, and 1/17 of the similarity rows, as in the paper
 How many rows a task gives under each split stands in its row of the task table (`epoch_rows`).
 
+Differs: the paper draws its 17 parts of Quora once and takes them in turn. Here the order is shuffled anew for each
+pass through the file, so the parts of one pass are not those of the next.
+
 Task order. `sequential` trains one task after the other, as BERTer's baseline does. `round_robin` and `random`
 interleave the same batches. `proportional`, `sqrt` and `annealed` draw the task of each step with probability
 p ~ N^alpha (alpha 1, 1/2, and 1 - .8 (e-1)/(E-1) in epoch e of E; Stickland and Murray 2019). Then a task's batches
@@ -42,18 +45,18 @@ def endless_rows(name, size, start, count, seed):
     return np.concatenate(passes)[start - first * size :][:count]  # [passes * size] cut to [count]
 
 
-def rows_per_epoch(tasks, sizes, split):
+def rows_per_epoch(tasks, sizes, data_split):
     """How many rows of each task one epoch uses: {task: rows}, from {task: Task} and {task: rows of its file}.
 
     Source: SMARTer BERT 5.3.2.
     """
     return {
-        name: tasks[name].epoch_rows[split](name, sizes) if split in tasks[name].epoch_rows else size
+        name: tasks[name].epoch_rows[data_split](name, sizes) if data_split in tasks[name].epoch_rows else size
         for name, size in sizes.items()
     }
 
 
-def epoch_rows(rows, sizes, start, fraction, seed):
+def phase_rows(rows, sizes, start, fraction, seed):
     """Rows of each task for the part of the training from `start` to `start + fraction`, both in epochs.
 
     `rows` is {task: rows in an epoch}, `sizes` {task: rows of its file}. Consecutive parts take consecutive rows, so

@@ -83,7 +83,7 @@ def test_a_threshold_of_the_sliders_gives_what_inference_with_it_gives(program, 
             infer = ExitInference(page["exits"]["policies"], {name: row["threshold"]})
             scores, predictions = evaluate(run.model, {name: dev[name]}, infer=infer)
             assert row["score"] == pytest.approx(scores.tasks[name][page["tasks"][name]["metric"]], abs=1e-6)
-            layers = predictions[name].exits
+            layers = predictions[name].layers
             assert row["layers"] == pytest.approx(layers.mean())
             assert row["shares"] == pytest.approx([np.mean(layers == i) for i in (1, 2)])
 
@@ -196,6 +196,11 @@ def test_the_template_shows_texts_as_text_and_loads_nothing():
     assert template.count("{{page}}") == 1
 
 
+def test_a_number_that_is_not_one_becomes_null(tmp_path):
+    report.write_page(tmp_path / "page.html", {"a": [math.nan, math.inf, 1.5], "b": "NaN {{page}}"})
+    assert page_of(tmp_path / "page.html") == {"a": [None, None, 1.5], "b": "NaN {{page}}"}
+
+
 # --- attention ----------------------------------------------------------------------------------------------------
 
 
@@ -225,7 +230,7 @@ def test_the_maps_are_the_softmax_of_the_formula(program, attention, encoding):
     """Every layer and head, against numpy; the model is as before afterwards."""
     task = build_tasks(["para"], {"para": encoding})["para"]
     kind = "sdpa" if attention == "sdpa" else "plain"
-    model = make_model({"para": task}, dropout=0.1, attention=kind, exits=True).train()
+    model = make_model({"para": task}, dropout=0.1, attention=kind, with_exits=True).train()
     if attention == "compiled":
         compile_layers(model.bert, torch.device("cpu"), "eager")
     data = example(program.tokenizer, task, "the film is good", "is the old film good or bad")
@@ -264,7 +269,7 @@ def test_a_page_of_1100_rows_with_a_large_bert_is_small(program, tmp_path):
     """12 layers with 12 heads, and texts longer than a map."""
     tasks = build_tasks()
     config = replace(make_config(12, 24), num_attention_heads=12)
-    model = MultitaskBERT(BertModel(config), tasks, exits=True).eval()
+    model = MultitaskBERT(BertModel(config), tasks, with_exits=True).eval()
     words = "the film is good and old or bad " * 6
     predictions = {
         name: predict_rows(model, example(program.tokenizer, task, *(words for _ in task.columns), rows=1100))
