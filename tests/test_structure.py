@@ -64,14 +64,7 @@ MAY_IMPORT = {
         *("report", "runs"),
     ),
     "predict": (
-        *DATA,
-        "building",
-        "errors",
-        "evaluation",
-        "files",
-        "flags",
-        "methods",
-        "multitask_classifier",
+        *(*DATA, "building", "errors", "evaluation", "files", "flags", "methods", "multitask_classifier"),
         "report",
     ),
 }
