@@ -26,7 +26,7 @@ SUBJECT = (
     *("evaluation", "early_exit", "slf", "smart", "adapters", "gradients", "predict"),
 )
 # Ceilings in lines of code without blank lines, comments and docstrings. Raise one only with a line in LOG.md.
-SUBJECT_LINES, RUNNING_LINES, CLASSIFIER_LINES, FILES = 2720, 1700, 400, 25
+SUBJECT_LINES, RUNNING_LINES, CLASSIFIER_LINES, FILES = 2720, 1850, 400, 25
 COMMENTS_PER_100 = 12
 FUNCTION_LINES, PARAMETERS, FIELDS = 60, 7, 12
 # the fields of BertConfig are the names of the hub's config.json
@@ -58,7 +58,7 @@ MAY_IMPORT = {
     "gradients": ("methods", "parallel"),
     "evaluation": ("errors", "files", "parallel", "tasks", "datasets", "early_exit"),
     "runs": ("base_bert", "errors", "files", "parallel"),
-    "report": ("early_exit", "evaluation", "files", "parallel", "runs", "tasks"),
+    "report": ("bert", "early_exit", "evaluation", "files", "parallel", "runs", "tasks"),
     "flags": (*METHODS, "errors", "methods", "runs", "datasets", "samplers", "tasks"),
     "building": (
         *(*METHODS, *DATA, "base_bert", "errors", "evaluation", "flags", "methods", "parallel", "runs", "weights"),
@@ -67,7 +67,10 @@ MAY_IMPORT = {
         *(*METHODS, *DATA, "base_bert", "bert", "building", "errors", "evaluation", "flags", "methods", "parallel"),
         *("report", "runs"),
     ),
-    "predict": (*DATA, "building", "errors", "evaluation", "files", "flags", "methods", "multitask_classifier"),
+    "predict": (
+        *(*DATA, "building", "errors", "evaluation", "files", "flags", "methods", "multitask_classifier"),
+        "report",
+    ),
 }
 README = ROOT / "README.md"
 
