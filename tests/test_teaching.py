@@ -297,6 +297,7 @@ def test_what_cannot_be_taken_over_is_named(submission, old, new, sentence):
     ("helpers", "sentence"),
     [
         ("\nif True:\n    ROOT_K = math.sqrt\n", "ROOT_K is set inside a statement such as if, try or for"),
+        ("\ntry:\n    import os as ROOT_K\nexcept ImportError:\n    pass\n", "ROOT_K is set inside a statement such"),
         ("\n@torch.no_grad()\ndef ROOT_K(x):\n    return 1\n", "ROOT_K has the decorator @torch.no_grad()"),
         ("\nimport sys\nROOT_K = sys.maxsize\n", "sys imports sys, which"),
     ],
