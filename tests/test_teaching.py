@@ -369,7 +369,7 @@ def test_a_trick_earns_nothing(trick, submission):
     results = submission.grade("attention", seconds=2)
     assert points([result for result in results if result.check.name != "heads"]) == 0
     assert all(result.output for result in results if result.check.name != "heads")
-    assert time.monotonic() - start < 20
+    assert time.monotonic() - start < 60
 
 
 def test_statements_at_the_top_level_and_a_conftest_are_not_run(submission):
@@ -383,8 +383,8 @@ def test_statements_at_the_top_level_and_a_conftest_are_not_run(submission):
 
 def test_an_answer_that_is_missing_says_why(submission):
     submission.body("bert.attend_plain", "while True:\n    pass")
-    outputs = {result.check.name: result.output for result in submission.grade("attention", seconds=1)}
-    assert outputs["heads"] == "" and "took longer than 1 seconds" in outputs["scores"]
+    outputs = {result.check.name: result.output for result in submission.grade("attention", seconds=3)}
+    assert outputs["heads"] == "" and "took longer than 3 seconds" in outputs["scores"]
     submission.body("bert.attend_plain", "return torch.os._exit(0)")
     assert "no result: the process ended before" in submission.grade("attention")[1].output
 
