@@ -322,7 +322,9 @@ def build_trainable(flags, model):
     """What the run may train at all: the kind of training (a row of LEARNING_RATES) and the parameters' names."""
     everything = {name for name, _ in model.named_parameters()}
     if flags["option"] == "pretrain":
-        frozen = {id(parameter) for parameter in model.bert.parameters()}
+        # every exit's pooler counts as BERT's own, as the last one is
+        poolers = [module.pooler_dense for module in model.exits if module.pooler_dense is not None]
+        frozen = {id(parameter) for module in (model.bert, *poolers) for parameter in module.parameters()}
         return "pretrain", frozenset(name for name, p in model.named_parameters() if id(p) not in frozen)
     restricted = [names for method in METHODS if (names := method.trains(flags, model)) is not None]
     # a few new parameters beside a frozen BERT take larger steps than BERT's own parameters

@@ -101,7 +101,7 @@ def certainty_target(task, logits, labels, threshold):
 
     Shapes: logits [b,o], labels [b] -> [b].
     Source: BERTer 3.3.
-    Differs: the error of a regression is measured in halves of the label's range.
+    Differs: the error of a regression is that of the clamped prediction, measured in halves of the label's range.
     """
     # detached: t must not push the heads towards predictions that are easy to judge
     values, _ = task.objective.decode(logits.detach(), threshold)  # [b]

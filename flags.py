@@ -118,7 +118,8 @@ def add_course_flags(group):
         "--option",
         choices=("pretrain", "finetune", "evaluate"),
         default="finetune",
-        help="pretrain: BERT frozen, heads trained; finetune: everything; evaluate: score a saved run",
+        help="pretrain: BERT frozen (the exits' poolers too, and no dropout in it), heads trained; "
+        "finetune: everything; evaluate: score a saved run",
     )
     group.add_argument("--use_gpu", action="store_true", help="train on CUDA or Apple's MPS where there is one")
     group.add_argument("--tasks", nargs="+", choices=tuple(TASKS), default=["sst", "para", "sts"], help="what to learn")

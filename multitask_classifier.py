@@ -229,11 +229,17 @@ class TaskLoss(LossTerm):
 
 
 def set_trainable(model, phase, allowed):
-    """Train only the parameters that the phase names and the run allows. Returns {name: parameter}."""
+    """Train only the parameters that the phase names and the run allows. Returns {name: parameter}.
+
+    A BERT in which nothing trains (--option pretrain) runs without dropout: an example then has the same features in
+    every epoch, whether they are cached or not.
+    """
     # compared by identity, since a parameter has no name of its own
     chosen = {id(parameter) for module in phase.trainable(model) for parameter in module.parameters()}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in allowed and id(parameter) in chosen)
+    inside = [module for module in (model.bert, model.adapters) if module is not None]
+    model.train().bert.train(any(parameter.requires_grad for module in inside for parameter in module.parameters()))
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
@@ -344,7 +350,6 @@ def train(parts, recorder):
             optimizer, trained = parts.make_optimizer(parameters), list(parameters)
         terms = {name: term for name, term in parts.terms.items() if name not in phase.without}
         steps, (k, n) = phase_steps(parts, phase, recorder.progress.epochs), phase.part
-        parts.model.train()
         for done, step in recorder.before_phase(phase, steps, optimizer, trained):
             # the middle of the step, so that neither the first nor the last step has a learning rate of 0
             progress = (k + (done + 0.5) / len(steps)) / n

@@ -8,6 +8,9 @@ Data splitting (SMARTer BERT 5.3.2). The largest task drowns the other tasks unl
     proportional  "split2": the same, and 1/17 of the similarity rows, as in the paper
 How many rows a task gives under each split stands in its row of the task table (`epoch_rows`).
 
+Differs: the paper draws its 17 parts of Quora once and takes them in turn. Here the order is shuffled anew for each
+pass through the file, so the parts of one pass are not those of the next.
+
 Task order. `sequential` trains one task after the other, as BERTer's baseline does. `round_robin` and `random`
 interleave the same batches. `proportional`, `sqrt` and `annealed` draw the task of each step with probability
 p ~ N^alpha (alpha 1, 1/2, and 1 - .8 (e-1)/(E-1) in epoch e of E; Stickland and Murray 2019). Then a task's batches

@@ -95,7 +95,7 @@ def our_step(parts, batches, repeats, phase=None):
     terms, weights = [term for name, term in parts.terms.items() if name not in phase.without], phase.exit_weights[0]
 
     def prepare():
-        set_trainable(model.train(), phase, parts.trainable)
+        set_trainable(model, phase, parts.trainable)
 
     def forward(_):
         losses = {}

@@ -86,7 +86,6 @@ def first_steps(program, start, text, steps=2):
     parts = make_parts(program, start, text)
     model, phase, terms = parts.model, next(parts.plan()), []
     optimizer = parts.make_optimizer(set_trainable(model, phase, parts.trainable))
-    model.train()
     counted = {name: term for name, term in parts.terms.items() if name not in phase.without}
     for step in phase_steps(parts, phase, 0.0)[:steps]:
         results, _ = train_step(parts, optimizer, counted, step, 1.0)
@@ -162,7 +161,20 @@ def test_the_schedule_multiplies_the_peak_learning_rate_and_not_the_last_one(pro
 def test_a_frozen_bert_has_no_gradients_even_where_its_features_are_not_cached(program, start):
     parts = make_parts(program, start, "--option pretrain --early_exit")
     trained = set_trainable(parts.model, next(parts.plan()), parts.trainable)
-    assert trained and not any(name.startswith("bert.") for name in trained)
+    assert trained and not any(name.startswith("bert.") or "pooler" in name for name in trained)
+    assert any(name.startswith("exits.0.heads.") for name in trained)
+
+
+def test_a_frozen_bert_runs_without_dropout_and_its_heads_with_it(program, start):
+    """The features of a row are the same in every pass, as where they are cached. Other runs keep BERT's dropout."""
+    frozen = "--option pretrain --early_exit"
+    for text in (frozen, "--early_exit", "--adapter before --early_exit"):
+        parts = make_parts(program, start, text)
+        set_trainable(parts.model, next(parts.plan()), parts.trainable)
+        batch = make_batch(parts.model.tasks["sts"], s=8)
+        first, second = (parts.model(batch, exits=(1, 2)) for _ in range(2))
+        assert [torch.equal(first.states[i], second.states[i]) for i in (1, 2)] == [text == frozen] * 2
+        assert not torch.equal(first.logits[2], second.logits[2])
 
 
 def test_the_loss_of_a_task_is_the_weighted_sum_over_the_exits(program, start):

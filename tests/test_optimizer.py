@@ -1,13 +1,16 @@
 """Tests of optimizer.py against torch.optim, closed forms and transformers."""
 
 import argparse
+import collections
 import copy
 import io
 import math
 
+import numpy as np
 import pytest
 import torch
 from tiny import make_batch, make_model
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import optimizer
 from errors import InputError
@@ -19,6 +22,7 @@ from optimizer import (
     SGD,
     AdamW,
     RMSprop,
+    Tensors,
     clip_gradients,
     layer_rates,
     parameter_groups,
@@ -202,6 +206,96 @@ def test_blocks_cover_each_element_once(monkeypatch):
     assert [len(piece) for piece in first] == [4, 4, 2]
     assert torch.equal(torch.cat(first), numbers) and torch.equal(torch.cat(second), numbers + 100)
     assert len(list(optimizer.split_into_blocks([torch.ones(4, 5).t()]))) == 1
+
+
+# the weights that the optimizer test of the CS224N default final project expects (its optimizer_test.npy)
+COURSE_WEIGHTS = [[0.55482787, 0.86665666, 0.07291982], [-0.44724506, -0.2951228, -0.2717272]]
+
+
+def test_adamw_reaches_the_weights_of_the_courses_own_test():
+    """A thousand steps on a linear map in float32, at numpy's default tolerance."""
+    random = np.random.default_rng(0)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = torch.nn.Linear(3, 2, bias=False)
+    optimiser = AdamW(model.parameters(), lr=1e-3, weight_decay=1e-4)
+    for _ in range(1000):
+        x = torch.tensor(random.uniform(size=3), dtype=torch.float32)
+        optimiser.zero_grad()
+        (torch.stack([x[0] + x[1], -x[2]]) - model(x)).square().sum().backward()
+        optimiser.step()
+    np.testing.assert_allclose(model.weight.detach().numpy(), np.float32(COURSE_WEIGHTS), rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", OPTIMISERS)
+def test_weight_decay_is_exact_in_float32(name):
+    """Without a gradient a step is the decay alone: 1 - 1e-7 is no number of float32, p - p 1e-7 is rounded once."""
+    build, settings = OPTIMISERS[name]
+    parameter = torch.nn.Parameter(torch.linspace(1, 2, 1000))
+    exact = parameter.detach().double() * (1 - 1e-7)
+    parameter.grad = torch.zeros_like(parameter)
+    build([parameter], lr=1e-6, **settings).step()  # the decay of the settings is .1
+    spacing = 2.0**-23  # of float32 between 1 and 2
+    assert (parameter.detach().double() - exact).abs().max() <= 0.5 * spacing * (1 + 1e-6)
+
+
+# --- all parameters in one call -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", OPTIMISERS)
+def test_one_call_for_all_parameters_takes_the_same_steps(name, monkeypatch):
+    """The arrangement of a GPU on the CPU. One parameter gets gradients late, so that two counts of updates meet."""
+    build, settings = OPTIMISERS[name]
+    results = []
+    for together in (False, True):
+        if together:
+            columns = lambda rows: [[Tensors(column) for column in zip(*rows, strict=True)]]  # noqa: E731
+            monkeypatch.setattr(optimizer, "arrange", columns)
+        parameters = problem()
+        optimiser = build(parameters, lr=1e-2, **settings)
+        for step in range(30):
+            set_gradients(parameters, step)
+            if step < 10:
+                parameters[3].grad = None
+            optimiser.step()
+        results.append(parameters)
+    torch.testing.assert_close(*results, rtol=0, atol=1e-13)
+
+
+class CountCalls(TorchDispatchMode):
+    """Count the operations that torch runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = collections.Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if not name.startswith("_record_function"):  # torch's own mark around Optimizer.step, for profiles
+            self.calls[name] += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", OPTIMISERS)
+def test_a_step_off_the_cpu_starts_few_operations(name):
+    """Clipping and a step for 30 and 300 parameters: the same operations, at most 20, none waits for a result."""
+    build, settings = OPTIMISERS[name]
+    counts = []
+    for number in (30, 300):
+        shapes = [(8, 4) if i % 2 else (8,) for i in range(number)]
+        parameters = [torch.nn.Parameter(torch.zeros(shape, device="meta")) for shape in shapes]
+        optimiser = build(parameter_groups([(str(i), p) for i, p in enumerate(parameters)], 0.1), lr=1e-2)
+        for counter in (CountCalls(), CountCalls()):  # the first step also makes the optimiser's state
+            for parameter in parameters:
+                parameter.grad = torch.zeros_like(parameter)
+            with counter:
+                optimiser.step()
+                foreach = {name: count for name, count in counter.calls.items() if name.startswith("_foreach")}
+        assert foreach == counter.calls  # nothing runs parameter by parameter
+        counts.append(foreach)
+    assert counts[0] == counts[1]
+    clipping = 2  # the norms and the scaling, see the test of clip_gradients
+    assert sum(counts[0].values()) + clipping <= 20
 
 
 @pytest.mark.parametrize("name", OPTIMISERS)
