@@ -22,11 +22,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from datasets import SkeletonRows, load_multitask_data
 from early_exit import AllExits, every_exit
 from errors import smaller, spare_memory
 from files import write_whole
 from parallel import deal, gather_batches
-from tasks import accuracy, pearson
+from tasks import TASKS, accuracy, pearson
 
 # a task has collapsed if it predicts one class for more than this share of the rows
 COLLAPSED = 0.99
@@ -240,17 +241,17 @@ def describe(predictions, i):
     return f"{value:.0f}", task.label_names[int(value)], f"{predictions.probabilities[i, int(value)]:.4f}"
 
 
-def write_predictions(folder, predictions, split):
-    """Write two files for one task and split: the course's format, and a readable CSV.
+def prediction_text(task, ids, values):
+    """Return predictions in the course's format: a header line, then a line `id , value ` per example."""
+    lines = [f"{row_id} , {task.format(value)} " for row_id, value in zip(ids, values, strict=True)]
+    return "\n".join([task.output[0], *lines]) + "\n"
 
-    The course's format is a header line, then a line `id , value ` per example.
-    """
+
+def write_predictions(folder, predictions, split):
+    """Write two files for one task and split: the course's format, and a readable CSV."""
     data, task = predictions.data, predictions.data.task
-    lines = [task.output[0]] + [
-        f"{data.identifier(row)} , {task.format(value)} "
-        for row, value in zip(predictions.rows, predictions.values, strict=True)
-    ]
-    write_whole(Path(folder) / f"{task.name}-{split}-output.csv", "\n".join(lines) + "\n")
+    ids = map(data.identifier, predictions.rows)
+    write_whole(Path(folder) / f"{task.name}-{split}-output.csv", prediction_text(task, ids, predictions.values))
     table = io.StringIO()
     writer = csv.writer(table)
     writer.writerow(["id", *task.columns, "prediction", "label", "probability", "gold", "layers"])
@@ -260,3 +261,67 @@ def write_predictions(folder, predictions, split):
         described = describe(predictions, i)
         writer.writerow([data.identifier(row), *data.text(row), *described, gold, predictions.exits[i]])
     write_whole(Path(folder) / f"{task.name}-{split}-readable.csv", table.getvalue())
+
+
+# --- the names of the CS224N skeleton -----------------------------------------------------------------------------
+
+# {task: (method of the model, logits to predictions, metric)}; a similarity may have any scale here
+SKELETON = {
+    "para": ("predict_paraphrase", lambda logits: logits.sigmoid().round(), accuracy),
+    "sst": ("predict_sentiment", lambda logits: logits.argmax(-1), accuracy),
+    "sts": ("predict_similarity", lambda logits: logits, pearson),
+}
+
+
+@torch.no_grad()
+def eval_rows(name, loader, model, device):
+    """Predict a loader of datasets.SkeletonRows: (score, or None without labels, predictions, ids, labels, texts)."""
+    method, decode, metric = SKELETON[name]
+    values, ids, labels, texts = [], [], [], []
+    model.eval()
+    for batch in loader:
+        names = [f"{key}{k}" for k in ("", "_1", "_2") for key in ("token_ids", "attention_mask")]
+        inputs = [batch[name].to(device) for name in names if name in batch]
+        values += decode(getattr(model, method)(*inputs)).flatten().tolist()
+        ids, labels = ids + batch["sent_ids"], labels + batch["labels"].tolist() if "labels" in batch else []
+        texts += batch["sents"]
+    return metric(values, labels) if labels else None, values, ids, labels, texts
+
+
+def model_eval_sst(dataloader, model, device):
+    """Return SST's accuracy, macro F1, predictions, labels, texts and ids. Source: the course's evaluation.py."""
+    from sklearn.metrics import f1_score
+
+    score, values, ids, labels, texts = eval_rows("sst", dataloader, model, device)
+    return score, float(f1_score(labels, values, average="macro")), values, labels, texts, ids
+
+
+def model_eval_multitask(sentiment_dataloader, paraphrase_dataloader, sts_dataloader, model, device):
+    """Return score, predictions and ids of Quora, then of SST, then of STS. Source: the course's evaluation.py (2023).
+
+    Differs: a constant similarity has correlation 0, not NaN.
+    """
+    loaders = (paraphrase_dataloader, sentiment_dataloader, sts_dataloader)
+    return sum((eval_rows(*pair, model, device)[:3] for pair in zip(SKELETON, loaders, strict=True)), ())
+
+
+def model_eval_test_multitask(*arguments):
+    """Return predictions and ids of Quora, SST and STS, for rows without labels. Source: the course's evaluation.py."""
+    return tuple(x for i, x in enumerate(model_eval_multitask(*arguments)) if i % 3)
+
+
+def test_model_multitask(args, model, device):
+    """Predict the dev and test rows of three files each, print the dev scores, write the files `args.sst_dev_out`, ...
+
+    Source: the course's evaluation.py.
+    """
+    for split in ("dev", "test"):
+        files = [getattr(args, f"{name}_{split}") for name in ("sst", "para", "sts")]
+        sst, _, para, sts = load_multitask_data(*files, split)
+        for name, rows in {"sst": sst, "para": para, "sts": sts}.items():
+            rows = SkeletonRows(rows, args, name == "sts")
+            loader = torch.utils.data.DataLoader(rows, args.batch_size, collate_fn=rows.collate_fn)
+            score, values, ids, *_ = eval_rows(name, loader, model, device)
+            if split == "dev":
+                print(f"dev {name} {TASKS[name].metric.name}: {score:.3f}")
+            write_whole(getattr(args, f"{name}_{split}_out"), prediction_text(TASKS[name], ids, values))
