@@ -20,6 +20,7 @@ Sources: layer-level adaptations 2.1, 2.2 and 3.2; Houlsby et al. (2019); Stickl
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -261,7 +262,7 @@ class Adapters(nn.Module):
         return adapt
 
 
-def build_adapters(config, task_names, kinds, size=None, generator=None):
+def make_adapters(config, task_names, kinds, size=None, generator=None):
     """Make the adapters of some kinds for every layer and task, drawn from the generator.
 
     `kinds` are names of KINDS: one, and any addable ones. `size` overrides the sizes above (runs saved by earlier
@@ -301,19 +302,12 @@ def trained_with(name, kinds):
 def count_parameters(adapters):
     """Count the adapters' parameters: {kind: {task: number}}, with the parts that layers share."""
     counts = {}
-
-    def add(kind, task, module):
-        of_kind = counts.setdefault(kind, {})
-        of_kind[task] = of_kind.get(task, 0) + sum(parameter.numel() for parameter in module.parameters())
-
-    for layer in adapters.layers:
-        for task, sites in layer.items():
-            for site in sites.values():
-                for kind, adapter in site.items():
-                    add(kind, task, adapter)
+    for name, parameter in adapters.layers.named_parameters():
+        _, task, _, kind, *_ = name.split(".")  # layers[i][task][site][kind] and the name inside the adapter
+        counts.setdefault(kind, Counter())[task] += parameter.numel()
     for task, module in adapters.shared.items():
         [kind] = [kind for kind in counts if KINDS[kind].make_shared]
-        add(kind, task, module)
+        counts[kind][task] += sum(parameter.numel() for parameter in module.parameters())
     return counts
 
 
@@ -343,7 +337,7 @@ def add_flags(group):
     group.add_argument("--train_backbone", action="store_true", help="train BERT along with the adapters")
 
 
-def conflicts(flags, given):
+def conflicts(flags, typed):
     """List the combinations of flags that make no sense."""
     chosen = flags["adapter"]
     is_on = chosen != ["none"]
@@ -362,13 +356,13 @@ def conflicts(flags, given):
     ]
 
 
-def make_adapters(flags, config, task_names, generator):
-    """Make the adapters that --adapter names, or None."""
+def build_chosen(flags, config, task_names, generator):
+    """Build the adapters that --adapter names, or None."""
     if flags["adapter"] == ["none"]:
         return None
     # a flag of earlier versions, which their saved runs recorded
     size = flags.get("adapter_size")
-    return build_adapters(config, task_names, flags["adapter"], size, generator)
+    return make_adapters(config, task_names, flags["adapter"], size, generator)
 
 
 def trains(flags, model):
@@ -382,6 +376,6 @@ ADAPTERS = Method(
     title="adapters (layer-level adaptations 2.1, 3.2; LoRA)",
     add_flags=add_flags,
     conflicts=conflicts,
-    adapters=make_adapters,
+    adapters=build_chosen,
     trains=trains,
 )

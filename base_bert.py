@@ -84,10 +84,17 @@ class BertConfig:
     position_embedding_type: str = "absolute"
 
     def __post_init__(self):
-        for name in SIZES:
-            value = getattr(self, name)
-            if not (is_number(value, int) and value > 0):
-                raise InputError(f"{name} is {value!r}: give a whole number above 0")
+        probabilities = ("hidden_dropout_prob", "attention_probs_dropout_prob")
+        for names, kinds, is_possible, wanted in (
+            (SIZES, int, lambda x: x > 0, "a whole number above 0"),
+            (probabilities, (int, float), lambda x: 0 <= x < 1, "a number from 0 to below 1"),
+            (("initializer_range", "layer_norm_eps"), (int, float), lambda x: x > 0, "a number above 0"),
+            (("pad_token_id",), int, lambda x: 0 <= x < self.vocab_size, "a whole number from 0 to below vocab_size"),
+        ):
+            for name in names:
+                value = getattr(self, name)
+                if not (is_number(value, kinds) and is_possible(value)):
+                    raise InputError(f"{name} is {value!r}: give {wanted}")
         # every head gets the same share of the hidden units
         if self.hidden_size % self.num_attention_heads:
             raise InputError(
@@ -100,16 +107,6 @@ class BertConfig:
             raise InputError(
                 f"position_embedding_type is {self.position_embedding_type!r}: use weights with 'absolute'"
             )
-        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
-            value = getattr(self, name)
-            if not (is_number(value, (int, float)) and 0 <= value < 1):
-                raise InputError(f"{name} is {value!r}: give a number from 0 to below 1")
-        for name in ("initializer_range", "layer_norm_eps"):
-            value = getattr(self, name)
-            if not (is_number(value, (int, float)) and value > 0):
-                raise InputError(f"{name} is {value!r}: give a number above 0")
-        if not (is_number(self.pad_token_id, int) and 0 <= self.pad_token_id < self.vocab_size):
-            raise InputError(f"pad_token_id is {self.pad_token_id!r}: give a whole number from 0 to below vocab_size")
 
     @classmethod
     def from_json(cls, path):

@@ -17,36 +17,31 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
-from tqdm import tqdm
 
 import parallel
 from base_bert import BertConfig
 from datasets import SPLITS, find_data_dir, read_dataset, report
-from early_exit import EXIT_WEIGHTS, ExitSettings, choose_policies, exit_threshold
 from errors import InputError, smaller, spare_memory
-from flags import METHODS, SAMPLE_DEFAULTS, encoding, per_task
-from gradients import COMBINERS
-from methods import positive, positive_int
+from evaluation import run_in_order
+from flags import METHODS, PRECISIONS, SAMPLE_DEFAULTS, encoding
+from methods import per_task, positive, positive_int
 from optimizer import OPTIMIZERS, SCHEDULES, parameter_groups
 from runs import check_same_files, command_line, describe_environment, hash_weights, sha256
 from samplers import generator
-from slf import plain
-from tasks import build_tasks, widen
+from slf import start_plan
+from tasks import TASKS, build_tasks, widen
 from tokenizer import BertTokenizer
 from weights import find_weights, pooling_of
 
-# learning rates that train: by optimiser and by what is trained, for a BERT of at most SMALL hidden units and for a
-# larger one. Measured with the small default weights (results/defaults.md); those of the larger BERT are the papers'.
+# A BERT of at most SMALL hidden units takes the first of two default learning rates (optimizer.py), a larger one the
+# second. The first were measured with the small default weights (results/defaults.md), the second are the papers'.
 SMALL = 512
-LEARNING_RATES = {
-    "adamw": {"finetune": (1e-4, 2e-5), "pretrain": (1e-3, 1e-3), "adapter": (2e-3, 3e-4)},
-    "rmsprop": {"finetune": (1e-4, 1e-5), "pretrain": (1e-3, 1e-3), "adapter": (2e-3, 3e-4)},
-    "sgd": {"finetune": (0.3, 1e-2), "pretrain": (1e-1, 1e-1), "adapter": (1e-1, 1e-1)},
-}
-# --max_length: the shortest has room for the special tokens of any pair encoding and one word. LONGEST is the default,
+# --max_length: MIN_LENGTH has room for the special tokens of any pair encoding and one word. MAX_LENGTH is the default,
 # where the weights allow it.
-SHORTEST, LONGEST = 5, 512
-PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
+MIN_LENGTH, MAX_LENGTH = 5, 512
+# What a method's record may need. "exits": an exit after every layer is built. "embeddings": a loss term looks at the
+# embeddings, so that the features of a frozen BERT cannot be cached. "all_tasks": a step has a batch of each task.
+NEEDS = ("exits", "embeddings", "all_tasks")
 # what --compile uses, and how many variants of a layer it may translate
 COMPILER, TRANSLATIONS = "inductor", 128
 # glibc's names for the sizes from which it gives freed memory back, and the largest sizes that it takes (before 2.35)
@@ -69,7 +64,7 @@ class Settings:
     batch_size: int
     accumulate: int
     eval_batch_size: int
-    split: str
+    data_split: str
     sampler: str
     all_tasks: bool  # whether every step has a batch of each task
     task_weights: dict
@@ -182,12 +177,12 @@ class Inputs:
         }
 
 
-def read_inputs(flags, given, config=None):
+def read_inputs(flags, typed, config=None):
     """Read and check weights and data. `config` is that of the run to resume, or None.
 
     Raises: InputError where they do not fit together, or are not those of the run to resume.
     """
-    recorded = config and "weights" not in given
+    recorded = config and "weights" not in typed
     weights = Path(config["weights"]["folder"]) if recorded else find_weights(flags["weights"])
     print(f"weights: {weights}")
     tasks, sizes = build_table(flags), BertConfig.from_json(weights / "config.json")
@@ -195,7 +190,7 @@ def read_inputs(flags, given, config=None):
     check_fits(flags, tasks, sizes, weights)
     data, files, is_sample = read_data(flags, tasks, BertTokenizer.from_pretrained(weights))
     if is_sample and not config:
-        flags = fill_sample_defaults(flags, given, sizes)
+        flags = fill_sample_defaults(flags, typed, sizes)
     data_hashes = {name: sha256(path) for name, path in files.items()}
     parallel.check_same("flags", {name: flags[name] for name in flags.keys() - {"data_dir", "weights"}})
     parallel.check_same("data files", data_hashes)
@@ -214,16 +209,16 @@ def fill_weight_defaults(flags, weights, sizes):
     if flags["pooling"] == "auto":
         filled["pooling"], reason = pooling_of(weights)
         print(f"pooling: {filled['pooling']} ({reason})")
-    filled["max_length"] = flags["max_length"] or min(LONGEST, sizes.max_position_embeddings)
+    filled["max_length"] = flags["max_length"] or min(MAX_LENGTH, sizes.max_position_embeddings)
     return filled
 
 
-def fill_sample_defaults(flags, given, sizes):
+def fill_sample_defaults(flags, typed, sizes):
     """Choose what suits --slf on the few sentences of data/sample, where the user did not; print what differs."""
     suits = flags["slf"] and flags["optimizer"] == "adamw" and flags["adapter"] == ["none"]
     if not suits or sizes.hidden_size > SMALL:
         return flags
-    changed = {name: value for name, value in SAMPLE_DEFAULTS.items() if name not in given}
+    changed = {name: value for name, value in SAMPLE_DEFAULTS.items() if name not in typed}
     if changed:
         settings = " ".join(f"--{name} {value:g}" for name, value in changed.items())
         print(f"sample data: {settings}, instead of the defaults for the course's data (--help)")
@@ -241,24 +236,24 @@ def check_fits(flags, tasks, config, weights):
             f"--pairs: {weights} has one kind of segment (type_vocab_size 1), {packed[0]} packs two: "
             f"use --pairs {' '.join(f'{name}=siamese' for name in packed)}"
         )
-    if not SHORTEST <= flags["max_length"] <= config.max_position_embeddings:
+    if not MIN_LENGTH <= flags["max_length"] <= config.max_position_embeddings:
         raise InputError(
-            f"--max_length {flags['max_length']}: give a length from {SHORTEST} to "
+            f"--max_length {flags['max_length']}: give a length from {MIN_LENGTH} to "
             f"{config.max_position_embeddings}, the positions of {weights}"
         )
 
 
 def read_data(flags, tasks, tokenizer):
     """All datasets of a run: {task: {split: Dataset}}, {"task split": path}, and whether they are the sample."""
-    given = {(name, split): flags[f"{name}_{split}"] for name in tasks for split in SPLITS}
-    wanted = {key: tasks[key[0]].file(key[1]) for key, path in given.items() if not path}
+    paths = {(name, split): flags[f"{name}_{split}"] for name in tasks for split in SPLITS}
+    wanted = {key: tasks[key[0]].file(key[1]) for key, path in paths.items() if not path}
     folder, is_sample = None, False
     if wanted:
-        folder, is_sample = find_data_dir(flags["data_dir"], wanted.values(), may_be_sample=len(wanted) == len(given))
+        folder, is_sample = find_data_dir(flags["data_dir"], wanted.values(), may_be_sample=len(wanted) == len(paths))
         if is_sample:
             print(f"data: no course data in data/, so the sample in {folder.parent.name}/sample (./setup.sh --data)")
     data, files = {name: {} for name in tasks}, {}
-    for (name, split), path in given.items():
+    for (name, split), path in paths.items():
         path = Path(path) if path else folder / wanted[name, split]
         data[name][split] = read_dataset(tasks[name], path, tokenizer, flags["max_length"], labelled=split != "test")
         files[f"{name} {split}"] = path
@@ -275,65 +270,75 @@ def choose_rows(data, counts, seed):
     return rows
 
 
-@torch.no_grad()
 def cache_features(model, dataset, batch_size, precision):
     """A dataset with the states that the heads of a frozen BERT see, computed once. Shapes: [n,w]."""
-    model.eval()
-    order, states = np.argsort(dataset.lengths(), kind="stable"), []
-    starts, quiet = parallel.deal(range(0, len(order), batch_size)), not parallel.progress_bars()
-    # one context for all batches, because autocast then casts the weights once
-    with spare_memory(smaller("--eval_batch_size", batch_size)), precision.autocast():
-        for start in tqdm(starts, f"features {dataset.path.name}", disable=quiet, leave=False):
-            batch = dataset.batch(order[start : start + batch_size]).to(precision.device)
-            states.append((widen(model(batch).states[model.depth]).cpu(),))
-    states = torch.cat([state for (state,) in parallel.gather_batches(states)])
-    features = torch.empty_like(states)
-    features[torch.from_numpy(order)] = states  # back into the order of the rows
-    return dataset.with_features(features)
+
+    def states(model, batch):
+        return (widen(model(batch).states[model.depth]),)
+
+    order, bar = np.argsort(dataset.lengths(), kind="stable"), parallel.progress_bars()
+    with spare_memory(smaller("--eval_batch_size", batch_size)):
+        [features] = run_in_order(model, dataset, order, states, batch_size, precision.autocast, bar)
+    return dataset.with_features(features[np.argsort(order)])  # back in the order of the rows
 
 
 # --- the slots ----------------------------------------------------------------------------------------------------
 
 
-def needs(flags):
-    """What the methods that are on need, together.
+def known(method, slot, names, choices):
+    """The names that a method's record returns for a slot.
 
-    "exits": an exit after every layer is built. "embeddings": a loss term looks at the embeddings, so that the
-    features of a frozen BERT cannot be cached. "all_tasks": every step has a batch of each task.
+    Raises: InputError for a name that is not there.
     """
-    return set().union(*(method.needs(flags) for method in METHODS))
+    for name in names:
+        if name not in choices:
+            raise InputError(f"method {method.title!r}: {slot} names {name!r}, which is not there: correct its record")
+    return names
+
+
+def first(built):
+    """The first of the built objects that is not None; None if there is none."""
+    return next((thing for thing in built if thing is not None), None)
+
+
+def needs_of_methods(flags):
+    """What the methods that are on need, together: some of NEEDS."""
+    return set().union(*(known(method, "needs", method.needs(flags), NEEDS) for method in METHODS))
 
 
 def build_table(flags):
     """The run's tasks: {name: Task}."""
-    tasks = build_tasks(flags["tasks"])
-    pairs = per_task(flags["pairs"], "--pairs", [name for name, task in tasks.items() if task.is_pair], encoding)
-    losses = {name: flags.get(f"{name}_loss") for name in tasks}
+    in_pairs = [name for name, row in TASKS.items() if row.is_pair and name in flags["tasks"]]
+    pairs = per_task(flags["pairs"], "--pairs", in_pairs, encoding)
+    losses = {name: flags.get(f"{name}_loss") for name in flags["tasks"]}
     return build_tasks(flags["tasks"], pairs, flags["siamese_features"], losses)
 
 
 def build_adapters(flags, config, task_names, generator):
     """The module for BERT's adapter slot, or None."""
-    modules = [method.adapters(flags, config, task_names, generator) for method in METHODS]
-    return next((module for module in modules if module is not None), None)
+    return first(method.adapters(flags, config, task_names, generator) for method in METHODS)
 
 
 def build_trainable(flags, model):
-    """What the run may train at all: the kind of training (a row of LEARNING_RATES) and the parameters' names."""
+    """What the run may train at all: the kind of training (for the default learning rate) and the parameters' names."""
     everything = {name for name, _ in model.named_parameters()}
     if flags["option"] == "pretrain":
         # every exit's pooler counts as BERT's own, as the last one is
         poolers = [module.pooler_dense for module in model.exits if module.pooler_dense is not None]
         frozen = {id(parameter) for module in (model.bert, *poolers) for parameter in module.parameters()}
         return "pretrain", frozenset(name for name, p in model.named_parameters() if id(p) not in frozen)
-    restricted = [names for method in METHODS if (names := method.trains(flags, model)) is not None]
+    restricted = [
+        known(method, "trains", names, everything)
+        for method in METHODS
+        if (names := method.trains(flags, model)) is not None
+    ]
     # a few new parameters beside a frozen BERT take larger steps than BERT's own parameters
     kind = "adapter" if restricted and model.adapters is not None else "finetune"
     return kind, frozenset(everything.intersection(*restricted))
 
 
 def build_terms(flags, model, terms):
-    """The loss terms: those given, then those of the methods that are on."""
+    """The loss terms: those in `terms`, then those of the methods that are on."""
 
     def noise(purpose):
         # a generator for each purpose, so that a method does not change the random numbers of the rest
@@ -349,28 +354,27 @@ def build_terms(flags, model, terms):
 
 def build_plan(flags, depth):
     """The training plan, as a function that starts it anew."""
-    cycle = EXIT_WEIGHTS[flags["exit_loss"]](depth) if "exits" in needs(flags) else ({depth: 1.0},)
-    plan = partial(plain, flags["epochs"], cycle, flags["epoch_size"])
+    plan = start_plan(flags, depth, "exits" in needs_of_methods(flags))
     for method in METHODS:
         plan = method.plan(flags, depth, plan)
+    # a plan sees nothing but scores, so its phases are known before the training
+    phases = plan()
+    phase = next(phases)
+    try:
+        while not phase.keep:
+            phase = phases.send(0.0)
+    except StopIteration:
+        raise InputError(f"the plan ends with {phase.label!r} and no phase keeps its model: set keep=True") from None
     return plan
-
-
-def build_exit_settings(flags, tasks):
-    """How the run leaves early at inference, or None."""
-    if not flags["early_exit"]:
-        return None
-    thresholds = per_task(flags["exit_threshold"], "--exit_threshold", list(tasks), exit_threshold)
-    return ExitSettings(choose_policies(tasks, flags["exit_policy"]), dict.fromkeys(tasks) | thresholds)
 
 
 def build_optimizer(flags, kind, model):
     """The function that makes an optimiser for {name: parameter}."""
-    for_small, for_large = LEARNING_RATES[flags["optimizer"]][kind]
+    for_small, for_large = OPTIMIZERS[flags["optimizer"]].learning_rates[kind]
     learning_rate = flags["lr"] or (for_small if model.bert.config.hidden_size <= SMALL else for_large)
     rates = {}
     for method in METHODS:
-        rates |= method.rates(flags, model)
+        rates |= known(method, "rates", method.rates(flags, model), dict(model.named_parameters()))
 
     def make(parameters):
         groups = parameter_groups(parameters.items(), flags["weight_decay"], rates)
@@ -390,13 +394,13 @@ def build(flags, model, data, device, terms):
     precision = Precision(device, make_autocast(flags["precision"], device), scaler)
     rows = choose_rows(data, per_task(flags["train_rows"], "--train_rows", list(data), positive_int), flags["seed"])
     kind, trainable = build_trainable(flags, model)
-    if kind == "pretrain" and not needs(flags) & {"exits", "embeddings"}:
+    if kind == "pretrain" and not needs_of_methods(flags) & {"exits", "embeddings"}:
         size = flags["eval_batch_size"]
         data = {
             name: {split: cache_features(model, dataset, size, precision) for split, dataset in splits.items()}
             for name, splits in data.items()
         }
-    all_tasks = flags["step"] == "all_tasks" or "all_tasks" in needs(flags)
+    all_tasks = flags["step"] == "all_tasks" or "all_tasks" in needs_of_methods(flags)
     weights = per_task(flags["task_weights"], "--task_weights", list(data), positive)
     order = torch.Generator().manual_seed(flags["seed"])
     return Parts(
@@ -405,7 +409,7 @@ def build(flags, model, data, device, terms):
         rows=rows,
         plan=build_plan(flags, model.depth),
         terms=build_terms(flags, model, terms),
-        gradients=COMBINERS[flags["gradients"]](list(model.parameters()), order),
+        gradients=first(method.gradients(flags, list(model.parameters()), order) for method in METHODS),
         make_optimizer=build_optimizer(flags, kind, model),
         trainable=trainable,
         precision=precision,
@@ -413,7 +417,7 @@ def build(flags, model, data, device, terms):
             batch_size=flags["batch_size"],
             accumulate=flags["accumulate"],
             eval_batch_size=flags["eval_batch_size"],
-            split=flags["split"],
+            data_split=flags["split"],
             sampler=flags["sampler"],
             all_tasks=all_tasks,
             task_weights=dict.fromkeys(data, 1.0) | weights,
@@ -421,7 +425,7 @@ def build(flags, model, data, device, terms):
             seed=flags["seed"],
             schedule=lambda progress: SCHEDULES[flags["schedule"]](progress, flags["warmup"]),
         ),
-        exit_settings=build_exit_settings(flags, model.tasks),
+        exit_settings=first(method.exit_settings(flags, model.tasks) for method in METHODS),
     )
 
 

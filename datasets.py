@@ -40,13 +40,12 @@ MAX_UNUSABLE = 0.01
 class Batch:
     """Some rows of one task, padded to the longest of them.
 
-    Shapes: each segment is (input_ids [b,s], mask [b,s], types [b,s]); labels [b] or None; features [b,w] or None.
+    Shapes: each segment is (input_ids, mask, segment_ids), each [b,s]; labels [b] or None; features [b,w] or None.
     With `features` there are no segments: they are the cached states of a frozen BERT, the input of the head.
     `share` is (positions of these rows, n) in the batch of n rows that all processes share.
     """
 
     task: object
-    encoding: str
     segments: tuple
     labels: torch.Tensor | None
     ids: tuple
@@ -224,7 +223,7 @@ class Dataset:
         # [b]; the loss compares in float32
         labels = torch.from_numpy(self.labels[rows].astype(np.float32))
         ids = tuple(self.identifier(row) for row in rows)
-        return Batch(self.task, self.task.encoding, segments, labels, ids, features, (positions, len(all_rows)))
+        return Batch(self.task, segments, labels, ids, features, (positions, len(all_rows)))
 
 
 def bucketed_batches(lengths, batch_size, rng, pool=32):

@@ -23,7 +23,6 @@ the labels: the largest error is at tanh(2). h_i is the vector that the head see
 opposite, the probability to go on, and leaves below a threshold.
 """
 
-import argparse
 import copy
 from dataclasses import dataclass, replace
 
@@ -32,7 +31,7 @@ import torch
 from torch import nn
 
 from errors import InputError
-from methods import LossTerm, Method, at_least_zero, belongs
+from methods import LossTerm, Method, at_least_zero, belongs, convert, per_task
 from tasks import widen
 
 POLICIES = ("auto", "confidence", "lte")
@@ -96,7 +95,7 @@ class LTE(nn.Module):
 # --- the losses ---------------------------------------------------------------------------------------------------
 
 
-def certainty_target(task, logits, labels, threshold):
+def certainty_target(task, logits, labels, decision_threshold):
     """The target t of the LTE: how good the prediction is, from 0 to 1, without a gradient.
 
     Shapes: logits [b,o], labels [b] -> [b].
@@ -104,7 +103,7 @@ def certainty_target(task, logits, labels, threshold):
     Differs: the error of a regression is that of the clamped prediction, measured in halves of the label's range.
     """
     # detached: t must not push the heads towards predictions that are easy to judge
-    values, _ = task.objective.decode(logits.detach(), threshold)  # [b]
+    values, _ = task.objective.decode(logits.detach(), decision_threshold)  # [b]
     if task.is_regression:
         low, high = task.label_range
         return 1 - torch.tanh((values - labels).abs() / ((high - low) / 2))
@@ -121,7 +120,7 @@ class LTELoss(LossTerm):
         task, lte = batch.task, model.lte[batch.task.name]
         total = torch.zeros(len(batch), device=batch.labels.device)  # [b]
         for i, weight in exit_weights.items():
-            target = certainty_target(task, outputs.logits[i], batch.labels, model.threshold(task.name))
+            target = certainty_target(task, outputs.logits[i], batch.labels, model.decision_threshold(task.name))
             # states are not detached: the layers learn to show how sure an exit may be
             total = total + weight * (lte.certainty(outputs.states[i]) - target) ** 2
         return total
@@ -191,9 +190,9 @@ class ExitSettings:
     policies: dict
     thresholds: dict
 
-    def complete(self, exits):
-        """All thresholds, {task: threshold}; missing ones are chosen on the rows of `exits`, {task: AllExits}."""
-        missing = {name: exits[name] for name, threshold in self.thresholds.items() if threshold is None}
+    def complete(self, all_exits):
+        """All thresholds, {task: threshold}; missing ones are chosen on the rows of `all_exits`, {task: AllExits}."""
+        missing = {name: all_exits[name] for name, threshold in self.thresholds.items() if threshold is None}
         return self.thresholds | choose_thresholds(missing, self.policies)
 
 
@@ -213,15 +212,16 @@ def choose_policies(tasks, policy):
 
 def confidence(model, logits, task):
     """The largest probability of a classification. Shapes: [b,o] -> [b]."""
-    return task.objective.decode(logits, model.threshold(task.name))[1].amax(-1)  # over the classes: [b,classes]
+    _, probabilities = task.objective.decode(logits, model.decision_threshold(task.name))  # [b,classes]
+    return probabilities.amax(-1)
 
 
 def cut(batch, part):
     """Cut some rows out of a batch, without the columns that are padding in all of them. Shapes: part: p rows."""
     segments = []
-    for ids, mask, types in batch.segments:
+    for ids, mask, segment_ids in batch.segments:
         used = mask[part].any(0)  # [s]: columns with a token of some row
-        segments.append((ids[part, used], mask[part, used], types[part, used]))  # three times [p,c]
+        segments.append((ids[part, used], mask[part, used], segment_ids[part, used]))  # three times [p,c]
     return replace(batch, segments=tuple(segments), labels=None, ids=batch.ids[part])
 
 
@@ -367,44 +367,44 @@ def first_exit(certainty, threshold):
     return sure.argmax(1) + 1  # argmax returns the first True
 
 
-def scores_at(exits, policy, threshold):
+def scores_at(task_exits, policy, threshold):
     """Score what leaving at a threshold would give. Shapes: threshold: a number, or [n] with one per row."""
-    layers = first_exit(exits.certainty(policy), threshold)
+    layers = first_exit(task_exits.certainty(policy), threshold)
     # the prediction of the exit where each row leaves: [n,1] to [n]
-    values = np.take_along_axis(exits.values, layers[:, None] - 1, axis=1)[:, 0]
-    shares = np.bincount(layers, minlength=exits.values.shape[1] + 1)[1:] / len(layers)
-    return ExitScores(exits.task.metric.function(values, exits.labels), float(layers.mean()), shares)
+    values = np.take_along_axis(task_exits.values, layers[:, None] - 1, axis=1)[:, 0]
+    shares = np.bincount(layers, minlength=task_exits.values.shape[1] + 1)[1:] / len(layers)
+    return ExitScores(task_exits.task.metric.function(values, task_exits.labels), float(layers.mean()), shares)
 
 
-def layer_scores(exits):
+def layer_scores(task_exits):
     """The score of each exit if all rows left there. Shapes: [L]."""
-    return np.array([exits.task.metric.function(values, exits.labels) for values in exits.values.T])
+    return np.array([task_exits.task.metric.function(values, task_exits.labels) for values in task_exits.values.T])
 
 
 # --- choosing thresholds ------------------------------------------------------------------------------------------
 
 
-def candidates(exits, policy):
+def candidates(task_exits, policy):
     """The thresholds to choose from, lowest first: quantiles of the certainties, and UNREACHABLE.
 
     Shapes: thresholds, normalised scores, mean layers, each [n].
     """
-    certainty = exits.certainty(policy)[:, :-1]  # every row leaves at the last exit, whatever its certainty
+    certainty = task_exits.certainty(policy)[:, :-1]  # every row leaves at the last exit, whatever its certainty
     thresholds = (*np.unique(np.quantile(certainty, np.linspace(0, 1, CANDIDATES + 1))), UNREACHABLE)
-    results = [scores_at(exits, policy, threshold) for threshold in thresholds]
-    scores = [exits.task.metric.normalise(result.score) for result in results]
+    results = [scores_at(task_exits, policy, threshold) for threshold in thresholds]
+    scores = [task_exits.task.metric.normalise(result.score) for result in results]
     return np.array(thresholds), np.array(scores), np.array([result.mean_layers for result in results])
 
 
-def choose_thresholds(exits, policies, allowed_loss=ALLOWED_LOSS):
+def choose_thresholds(all_exits, policies, allowed_loss=ALLOWED_LOSS):
     """Choose the thresholds of all tasks, so that few layers run and the mean score stays almost that of full depth.
 
     Each task picks the threshold that maximises score - price * layers. The highest price is used that keeps the
     tasks' summed score at (1 - allowed_loss) of full depth's. All tasks pay the same price for a layer, so a task
     with good early exits saves more layers.
-    `exits` is {task: AllExits}. Returns {task: threshold}.
+    `all_exits` is {task: AllExits}. Returns {task: threshold}.
     """
-    offers = {name: candidates(task_exits, policies[name]) for name, task_exits in exits.items()}
+    offers = {name: candidates(task_exits, policies[name]) for name, task_exits in all_exits.items()}
     # the last candidate of a task is full depth
     floor = (1 - allowed_loss) * sum(scores[-1] for _, scores, _ in offers.values())
     for price in PRICES:
@@ -420,16 +420,16 @@ def assign_folds(n, seed=0):
     return np.random.default_rng(seed).permutation(np.arange(n) % FOLDS)
 
 
-def cross_fit(exits, settings):
+def cross_fit(all_exits, settings):
     """For each row the threshold that was chosen without the row's fold: {task: [n]}.
 
     The score of a row with such a threshold estimates the score of a new row: its own label had no part in the choice.
     A task whose threshold the settings fix has that threshold in all rows.
     """
-    folds = {name: assign_folds(len(task_exits.rows)) for name, task_exits in exits.items()}
-    thresholds = {name: np.empty(len(task_exits.rows)) for name, task_exits in exits.items()}
+    folds = {name: assign_folds(len(task_exits.rows)) for name, task_exits in all_exits.items()}
+    thresholds = {name: np.empty(len(task_exits.rows)) for name, task_exits in all_exits.items()}
     for k in range(FOLDS):
-        others = {name: task_exits.take(folds[name] != k) for name, task_exits in exits.items()}
+        others = {name: task_exits.take(folds[name] != k) for name, task_exits in all_exits.items()}
         for name, threshold in settings.complete(others).items():
             thresholds[name][folds[name] == k] = threshold
     return thresholds
@@ -447,10 +447,7 @@ def sweep_levels(entries):
     """The thresholds of a list with commas, which --option evaluate sweeps; an empty list for anything else."""
     if len(entries) != 1 or "," not in entries[0]:
         return []
-    try:
-        return [at_least_zero(level) for level in entries[0].split(",")]
-    except (ValueError, argparse.ArgumentTypeError) as error:
-        raise InputError(f"--exit_threshold {entries[0]}: {error}") from None
+    return [convert("--exit_threshold", entries[0], level, at_least_zero) for level in entries[0].split(",")]
 
 
 def add_flags(group):
@@ -475,10 +472,10 @@ def add_flags(group):
     group.add_argument("--exit_loss", choices=tuple(EXIT_WEIGHTS), default="joint", help="how the exits are trained")
 
 
-def conflicts(flags, given):
+def conflicts(flags, typed):
     """Flags that make no sense without --early_exit; --option evaluate reads it from the saved run."""
-    evaluates = flags["option"] == "evaluate"
-    yield from belongs(given, ("exit_policy", "exit_threshold"), flags["early_exit"] or evaluates, "--early_exit")
+    evaluates, names = flags["option"] == "evaluate", ("exit_policy", "exit_threshold", "exit_loss")
+    yield from belongs(typed, names, flags["early_exit"] or evaluates, "--early_exit")
     sentence = "--exit_threshold with a list sweeps a saved run: use it with --option evaluate"
     yield not evaluates and bool(sweep_levels(flags["exit_threshold"])), sentence
 
@@ -494,4 +491,12 @@ def terms(flags, model, noise):
     return on | ({"distill": DistillLoss()} if flags["exit_loss"] == "distilled" else {})
 
 
-EXITS = Method("early exit (BERTer 3.3)", add_flags, conflicts, needs, terms)
+def build_exit_settings(flags, tasks):
+    """How the run leaves early at inference, or None."""
+    if not flags["early_exit"]:
+        return None
+    thresholds = per_task(flags["exit_threshold"], "--exit_threshold", list(tasks), exit_threshold)
+    return ExitSettings(choose_policies(tasks, flags["exit_policy"]), dict.fromkeys(tasks) | thresholds)
+
+
+EXITS = Method("early exit (BERTer 3.3)", add_flags, conflicts, needs, terms, exit_settings=build_exit_settings)

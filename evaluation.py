@@ -27,7 +27,7 @@ from early_exit import AllExits, every_exit
 from errors import smaller, spare_memory
 from files import write_whole
 from parallel import deal, gather_batches
-from tasks import TASKS, accuracy, pearson
+from tasks import ACCURACY, PEARSON, SPEARMAN, TASKS
 
 # a task has collapsed if it predicts one class for more than this share of the rows
 COLLAPSED = 0.99
@@ -41,8 +41,8 @@ THRESHOLD_ROOM = 1e-6
 class Predictions:
     """Predictions for rows of one dataset, in the order of `rows`.
 
-    Shapes: rows, values, exits [n]; outputs [n,o]; probabilities [n,classes], or None for a regression.
-    Units: values are class indices or label units; exits count executed layers.
+    Shapes: rows, values, layers [n]; outputs [n,o]; probabilities [n,classes], or None for a regression.
+    Units: values are class indices or label units; layers counts the executed ones.
     """
 
     data: object
@@ -50,7 +50,7 @@ class Predictions:
     values: np.ndarray
     outputs: np.ndarray
     probabilities: np.ndarray | None
-    exits: np.ndarray
+    layers: np.ndarray
 
 
 @dataclass
@@ -83,30 +83,33 @@ class AtExit:
 
 
 @torch.no_grad()
-def run_batches(model, data, rows, function, batch_size, precision, progress):
-    """Apply `function(model, batch)`, which returns a tuple of tensors [b,...], to rows of a dataset.
+def run_in_order(model, data, rows, function, batch_size, precision, show_bar):
+    """Apply `function(model, batch)`, which returns a tuple of tensors [b,...], to batches of consecutive `rows`.
 
     Several processes share the batches, and each of them gets all results, in the order of `rows`.
     """
-    # longest rows first: batches have little padding, and if memory runs out, then at the first batch
-    order = np.argsort(-data.lengths()[rows], kind="stable")  # [n]
     was_training, device = model.training, next(model.parameters()).device
     model.eval()
     results = []
     starts = deal(range(0, len(rows), batch_size))
     # one autocast context for all batches casts the weights once; torch's inference mode would cast them every time
     with precision():
-        for start in tqdm(starts, f"predict {data.task.name}", disable=not progress, leave=False):
-            batch = data.batch(rows[order[start : start + batch_size]]).to(device)
+        for start in tqdm(starts, f"predict {data.task.name}", disable=not show_bar, leave=False):
+            batch = data.batch(rows[start : start + batch_size]).to(device)
             results.append(function(model, batch))
     model.train(was_training)
-    # the inverse permutation of `order`: result back[i] belongs to row i
-    back = torch.empty(len(rows), dtype=torch.long)
-    back[torch.from_numpy(order)] = torch.arange(len(rows))
-    return tuple(torch.cat(parts).cpu()[back] for parts in zip(*gather_batches(results), strict=True))
+    return tuple(torch.cat(parts).cpu() for parts in zip(*gather_batches(results), strict=True))
 
 
-def predict(model, data, rows=None, batch_size=32, infer=AtExit(), precision=nullcontext, progress=False):
+def run_batches(model, data, rows, *settings):
+    """Do the same with rows of similar length side by side; the results are in the order of `rows` again."""
+    # longest rows first: batches have little padding, and if memory runs out, then at the first batch
+    order = np.argsort(-data.lengths()[rows], kind="stable")  # [n]
+    back = np.argsort(order)  # the inverse permutation: result back[i] belongs to row i
+    return tuple(result[back] for result in run_in_order(model, data, rows[order], *settings))
+
+
+def predict(model, data, rows=None, batch_size=32, infer=AtExit(), precision=nullcontext, show_bar=False):
     """Predict rows of a dataset (by default all), with the model in evaluation mode.
 
     `infer(model, batch, batch_size)` returns (outputs, executed layers) of a batch of `infer.batches_at_once` times
@@ -119,35 +122,31 @@ def predict(model, data, rows=None, batch_size=32, infer=AtExit(), precision=nul
 
     with spare_memory(smaller("--eval_batch_size", batch_size)):
         at_once = infer.batches_at_once * batch_size
-        outputs, exits = run_batches(model, data, rows, infer_batch, at_once, precision, progress)
+        outputs, layers = run_batches(model, data, rows, infer_batch, at_once, precision, show_bar)
     outputs = outputs.float()  # [n,o]
-    values, probabilities = task.objective.decode(outputs, model.threshold(task.name))
+    values, probabilities = task.objective.decode(outputs, model.decision_threshold(task.name))
     probabilities = None if probabilities is None else probabilities.numpy()
-    return Predictions(data, rows, values.numpy(), outputs.numpy(), probabilities, exits.numpy())
+    return Predictions(data, rows, values.numpy(), outputs.numpy(), probabilities, layers.numpy())
 
 
-def predict_exits(model, data, rows=None, batch_size=32, precision=nullcontext, progress=False):
+def predict_exits(model, data, rows=None, batch_size=32, precision=nullcontext, show_bar=False):
     """Predict rows of a dataset (by default the usable ones) with every exit, in one full pass. Returns AllExits."""
     rows, task = data.usable if rows is None else np.asarray(rows), data.task
     with spare_memory(smaller("--eval_batch_size", batch_size)):
-        outputs, confidence, lte = run_batches(model, data, rows, every_exit, batch_size, precision, progress)
-    values, _ = task.objective.decode(outputs.flatten(0, 1), model.threshold(task.name))  # [n,L,o] to [n * L,o]
+        outputs, confidence, lte = run_batches(model, data, rows, every_exit, batch_size, precision, show_bar)
+    # the outputs of all exits are decoded at once: [n,L,o] to [n * L,o]
+    values, _ = task.objective.decode(outputs.flatten(0, 1), model.decision_threshold(task.name))
     values = values.view_as(lte).numpy()  # [n,L]
     return AllExits(task, rows, data.labels[rows], values, confidence.numpy(), lte.numpy())
 
 
 # --- scoring ------------------------------------------------------------------------------------------------------
-# scikit-learn and scipy are imported at the first evaluation: at start-up they would delay the first training step
+# scikit-learn is imported at the first evaluation: at start-up it would delay the first training step
 
 
-def spearman(values, labels):
-    """Spearman's rank correlation; 0 where either side is constant and the correlation is not defined."""
-    from scipy.stats import spearmanr
-
-    # comparing with `not ... >` also catches a NaN among the numbers
-    if not (np.ptp(values) > 0 and np.ptp(labels) > 0):
-        return 0.0
-    return float(spearmanr(values, labels).statistic)
+def measure(metrics, values, labels):
+    """{metric's name: number}; a metric that is there twice is computed once."""
+    return {metric.name: metric.function(values, labels) for metric in dict.fromkeys(metrics)}
 
 
 def score_regression(task, values, labels):
@@ -157,9 +156,8 @@ def score_regression(task, values, labels):
         warnings.append(f"{task.name}: every prediction is {values.mean():.3f}: correlations count as 0")
         # exactly constant, so that rounding error cannot correlate with the labels
         values = np.full_like(values, values.mean())
-    metrics = {"pearson": pearson(values, labels), "spearman": spearman(values, labels)}
-    metrics |= {"mean_prediction": float(values.mean()), "sd_prediction": float(values.std())}
-    return metrics | {task.metric.name: task.metric.function(values, labels)}, warnings
+    metrics = measure((PEARSON, SPEARMAN, task.metric), values, labels)
+    return metrics | {"mean_prediction": float(values.mean()), "sd_prediction": float(values.std())}, warnings
 
 
 def score_classes(task, values, labels):
@@ -170,7 +168,8 @@ def score_classes(task, values, labels):
     confusion = confusion_matrix(labels, values, labels=range(len(task.label_names)))
     shares = confusion.sum(0) / confusion.sum()  # [classes]: how often each class is predicted
     # macro F1 averages the classes that occur among the labels or the predictions
-    metrics = {"accuracy": accuracy(values, labels), "macro_f1": float(f1_score(labels, values, average="macro"))}
+    metrics = measure((ACCURACY, task.metric), values, labels)
+    metrics |= {"macro_f1": float(f1_score(labels, values, average="macro"))}
     metrics |= {"majority": float(confusion.sum(1).max() / confusion.sum())}
     metrics |= {"predicted_shares": shares.tolist(), "confusion": confusion.tolist()}
     if len(shares) == 2:
@@ -179,7 +178,7 @@ def score_classes(task, values, labels):
     if shares.max() > COLLAPSED:
         name = task.label_names[int(shares.argmax())]
         warnings.append(f"{task.name}: {shares.max():.1%} of the predictions are '{name}': the task has collapsed")
-    return metrics | {task.metric.name: task.metric.function(values, labels)}, warnings
+    return metrics, warnings
 
 
 def score(predictions):
@@ -187,7 +186,7 @@ def score(predictions):
     task, labels = predictions.data.task, predictions.data.labels[predictions.rows]
     score_kind = score_regression if task.is_regression else score_classes
     metrics, warnings = score_kind(task, predictions.values, labels)
-    return metrics | {"mean_layers": float(predictions.exits.mean())}, warnings
+    return metrics | {"mean_layers": float(predictions.layers.mean())}, warnings
 
 
 def mean_norm(tasks, values):
@@ -214,7 +213,7 @@ def evaluate(model, datasets, **options):
     return summarise({name: data.task for name, data in datasets.items()}, metrics, warnings), predictions
 
 
-def fit_threshold(scores, labels):
+def fit_decision_threshold(scores, labels):
     """The decision threshold with the best accuracy, in the middle between two scores. Shapes: scores, labels [n].
 
     It is fitted on training rows, for a cosine: with a threshold of cos > 0 a model predicts 1 for every pair.
@@ -247,36 +246,42 @@ def prediction_text(task, ids, values):
     return "\n".join([task.output[0], *lines]) + "\n"
 
 
+def readable_table(predictions, **more):
+    """A CSV of texts and predictions; `more` is {column: its values}."""
+    data, table = predictions.data, io.StringIO()
+    writer = csv.writer(table)
+    writer.writerow(["id", *data.task.columns, "prediction", "label", "probability", *more])
+    for i, row in enumerate(predictions.rows):
+        added = [values[i] for values in more.values()]
+        writer.writerow([data.identifier(row), *data.text(row), *describe(predictions, i), *added])
+    return table.getvalue()
+
+
 def write_predictions(folder, predictions, split):
     """Write two files for one task and split: the course's format, and a readable CSV."""
     data, task = predictions.data, predictions.data.task
     ids = map(data.identifier, predictions.rows)
     write_whole(Path(folder) / f"{task.name}-{split}-output.csv", prediction_text(task, ids, predictions.values))
-    table = io.StringIO()
-    writer = csv.writer(table)
-    writer.writerow(["id", *task.columns, "prediction", "label", "probability", "gold", "layers"])
-    for i, row in enumerate(predictions.rows):
-        # test rows have no label
-        gold = "" if np.isnan(data.labels[row]) else f"{data.labels[row]:g}"
-        described = describe(predictions, i)
-        writer.writerow([data.identifier(row), *data.text(row), *described, gold, predictions.exits[i]])
-    write_whole(Path(folder) / f"{task.name}-{split}-readable.csv", table.getvalue())
+    # test rows have no label
+    gold = ["" if np.isnan(label) else f"{label:g}" for label in data.labels[predictions.rows]]
+    table = readable_table(predictions, gold=gold, layers=predictions.layers)
+    write_whole(Path(folder) / f"{task.name}-{split}-readable.csv", table)
 
 
 # --- the names of the CS224N skeleton -----------------------------------------------------------------------------
 
-# {task: (method of the model, logits to predictions, metric)}; a similarity may have any scale here
+# {task: (method of the model, logits to predictions)}; a similarity may have any scale here
 SKELETON = {
-    "para": ("predict_paraphrase", lambda logits: logits.sigmoid().round(), accuracy),
-    "sst": ("predict_sentiment", lambda logits: logits.argmax(-1), accuracy),
-    "sts": ("predict_similarity", lambda logits: logits, pearson),
+    "para": ("predict_paraphrase", lambda logits: logits.sigmoid().round()),
+    "sst": ("predict_sentiment", lambda logits: logits.argmax(-1)),
+    "sts": ("predict_similarity", lambda logits: logits),
 }
 
 
 @torch.no_grad()
 def eval_rows(name, loader, model, device):
     """Predict a loader of datasets.SkeletonRows: (score, or None without labels, predictions, ids, labels, texts)."""
-    method, decode, metric = SKELETON[name]
+    method, decode = SKELETON[name]
     values, ids, labels, texts = [], [], [], []
     model.eval()
     for batch in loader:
@@ -285,7 +290,8 @@ def eval_rows(name, loader, model, device):
         values += decode(getattr(model, method)(*inputs)).flatten().tolist()
         ids, labels = ids + batch["sent_ids"], labels + batch["labels"].tolist() if "labels" in batch else []
         texts += batch["sents"]
-    return metric(values, labels) if labels else None, values, ids, labels, texts
+    score = TASKS[name].metric.function(values, labels) if labels else None
+    return score, values, ids, labels, texts
 
 
 def model_eval_sst(dataloader, model, device):

@@ -6,6 +6,8 @@ its record to that list (METHODS.md).
 
 import argparse
 
+import torch
+
 import adapters
 import early_exit
 import gradients
@@ -14,11 +16,11 @@ import slf
 import smart
 from datasets import SPLITS
 from errors import InputError, Parser
-from methods import at_least_zero, positive, positive_int, seed, share
+from methods import at_least_zero, below_one, positive, positive_int, seed
 from optimizer import OPTIMIZERS, SCHEDULES
 from runs import FORMAT
 from samplers import DATA_SPLITS, SAMPLERS
-from tasks import ENCODINGS, TASKS, chosen_objective
+from tasks import ENCODINGS, TASKS, headless_losses
 
 # In this order loss terms are added, plans wrapped and conflicts reported.
 METHODS = [
@@ -34,7 +36,7 @@ METHODS = [
     gradients.SURGERY,
     adapters.ADAPTERS,
 ]
-PRECISIONS = ("fp32", "bf16", "fp16")
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Defaults of --slf for data/sample, whose epochs have 75 steps: with fewer or smaller steps an exit ends stage 1 at the
 # majority class. The learning rate was chosen for AdamW and a small BERT.
 SAMPLE_DEFAULTS = {"slf_epochs": 2.5, "lr": 2.5e-4, "epochs": 3}
@@ -45,28 +47,6 @@ EVALUATE_FLAGS = {"use_gpu", "data_dir", "eval_batch_size", "precision", "attent
 def file_flags():
     """The names of the flags that name one CSV file each: sst_train, para_dev, ..., and the output files."""
     return {f"{name}_{split}" for name in TASKS for split in SPLITS} | {"outputs"}
-
-
-# --- values for each task -----------------------------------------------------------------------------------------
-
-
-def per_task(entries, flag, names, convert):
-    """Read `value` or `task=value ...` entries into {task: value}; an entry that names its task wins.
-
-    Raises: InputError for an unknown task or a value that `convert` refuses.
-    """
-    chosen = {}
-    for entry in sorted(entries or (), key=lambda entry: "=" in entry):
-        name, equals, value = entry.rpartition("=")
-        try:
-            value = convert(value)
-        except (ValueError, argparse.ArgumentTypeError) as error:
-            raise InputError(f"{flag} {entry}: {error}") from None
-        for task in [name] if equals else names:
-            if task not in names:
-                raise InputError(f"{flag} {entry}: no such task here; tasks are {', '.join(names)}")
-            chosen[task] = value
-    return chosen
 
 
 def encoding(text):
@@ -98,7 +78,7 @@ def make_parser():
     add_data_flags(
         parser.add_argument_group(
             "data",
-            "Each of the CSV files may also be given alone: --sst_train FILE, --para_dev FILE, --sts_test FILE, ...",
+            "Each of the CSV files may also be named alone: --sst_train FILE, --para_dev FILE, --sts_test FILE, ...",
         )
     )
     add_model_flags(parser.add_argument_group("model"))
@@ -140,7 +120,7 @@ def add_course_flags(group):
         type=positive,
         help="peak learning rate; default by optimiser, by what is trained and by the size of BERT",
     )
-    group.add_argument("--hidden_dropout_prob", type=share, default=0.3, help="dropout before the heads")
+    group.add_argument("--hidden_dropout_prob", type=below_one, default=0.3, help="dropout before the heads")
     group.add_argument("--seed", type=seed, default=11711, help="seed of everything random")
 
 
@@ -190,11 +170,11 @@ def add_model_flags(group):
     )
     group.add_argument("--attention", choices=("plain", "sdpa"), default="plain", help="written out, or torch's kernel")
     group.add_argument("--compile", action="store_true", help="torch.compile the layers: slow to start")
-    group.add_argument("--precision", choices=PRECISIONS, default="fp32", help="autocast precision")
+    group.add_argument("--precision", choices=tuple(PRECISIONS), default="fp32", help="autocast precision")
     for task in TASKS.values():
         if len(task.objectives) > 1:
-            names = tuple(task.objectives)
-            group.add_argument(f"--{task.name}_loss", choices=names, default=names[0], help=f"loss of {task.title}")
+            names, default = tuple(task.objectives), task.default_loss
+            group.add_argument(f"--{task.name}_loss", choices=names, default=default, help=f"loss of {task.title}")
 
 
 def add_loop_flags(group):
@@ -202,7 +182,7 @@ def add_loop_flags(group):
     group.add_argument("--optimizer", choices=tuple(OPTIMIZERS), default="adamw", help="update rule")
     group.add_argument("--weight_decay", type=at_least_zero, default=0.01, help="decoupled weight decay")
     group.add_argument("--schedule", choices=tuple(SCHEDULES), default="linear", help="course of the learning rate")
-    group.add_argument("--warmup", type=share, default=0.1, help="share of the training that warms up")
+    group.add_argument("--warmup", type=below_one, default=0.1, help="share of the training that warms up")
     group.add_argument("--clip", type=at_least_zero, default=1.0, help="largest global gradient norm; 0: no clipping")
     group.add_argument("--accumulate", type=positive_int, default=1, help="batches per optimiser step")
     group.add_argument("--task_weights", nargs="+", metavar="TASK=W", help="weights of the tasks' losses (1 each)")
@@ -237,7 +217,7 @@ def parse_flags(argv=None):
     return flags, set(vars(bare.parse_args(argv))), defaults
 
 
-def check_flags(flags, given):
+def check_flags(flags, typed):
     """Refuse combinations that make no sense, with a sentence that says so.
 
     Raises: InputError.
@@ -246,28 +226,26 @@ def check_flags(flags, given):
         # the other flags are the saved run's; runs.check_same_run compares them with those typed now
         conflicts = [(flags["overwrite"], "--resume continues a run, --overwrite replaces it: choose one")]
     else:
-        conflicts = [*loop_conflicts(flags, given)]
+        conflicts = [*loop_conflicts(flags, typed)]
         for method in METHODS:
-            conflicts += method.conflicts(flags, given)
+            conflicts += method.conflicts(flags, typed)
     for applies, sentence in conflicts:
         if applies:
             raise InputError(sentence)
 
 
-def loop_conflicts(flags, given):
+def loop_conflicts(flags, typed):
     """Conflicts between flags that belong to no method: pairs (applies, sentence)."""
-    for name in flags["tasks"]:
-        headless = flags["option"] == "pretrain" and chosen_objective(flags, name).needs_two_vectors
-        loss = flags.get(f"{name}_loss")
-        yield headless, f"--{name}_loss {loss} has no head to train, and --option pretrain freezes BERT"
+    for loss in headless_losses(flags):
+        yield flags["option"] == "pretrain", f"{loss} has no head to train, and --option pretrain freezes BERT"
     takes_all = flags["step"] == "all_tasks" or flags["gradients"] != "sum"
     chosen = f"--sampler {flags['sampler']} chooses one task per step: here every step takes all tasks"
-    yield "sampler" in given and takes_all, chosen
+    yield "sampler" in typed and takes_all, chosen
     for entry in flags["outputs"] or ():
         name, split = entry.partition("=")[0].split("-")
         yield name not in flags["tasks"], f"--{name}_{split}_out: this run has no task {name}: add it to --tasks"
     siamese = any("siamese" in entry for entry in flags["pairs"])
-    yield "siamese_features" in given and not siamese, "--siamese_features belongs to --pairs siamese"
+    yield "siamese_features" in typed and not siamese, "--siamese_features belongs to --pairs siamese"
 
 
 # --- the flags of a saved run -------------------------------------------------------------------------------------

@@ -30,13 +30,13 @@ from itertools import combinations, combinations_with_replacement
 import numpy as np
 import torch
 
-from methods import Method
+from methods import Method, Resumable
 from parallel import sum_gradients
 
 BETA = 1e-2
 
 
-class Combiner:
+class Combiner(Resumable):
     """Base class. A subclass has `add(task, loss)`, which backpropagates one loss, and `combine()`.
 
     `combine` writes the update's gradient into the parameters' .grad. After it, `cosines` holds the cosines between the
@@ -46,13 +46,6 @@ class Combiner:
 
     def __init__(self, parameters, generator=None):
         self.parameters, self.generator, self.cosines = list(parameters), generator, {}
-
-    def state_dict(self):
-        """Tensors and numbers that a resumed run needs."""
-        return {}
-
-    def load_state_dict(self, state):
-        """Continue from the state of a saved run."""
 
 
 class Sum(Combiner):
@@ -245,4 +238,5 @@ SURGERY = Method(
     ),
     conflicts=surgery_conflicts,
     needs=lambda flags: set() if flags["gradients"] == "sum" else {"all_tasks"},
+    gradients=lambda flags, parameters, generator: COMBINERS[flags["gradients"]](parameters, generator),
 )

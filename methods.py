@@ -14,8 +14,21 @@ import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from errors import InputError
 
-class LossTerm:
+
+class Resumable:
+    """Base class of what a run saves and continues from; a subclass with a state of its own overrides both."""
+
+    def state_dict(self):
+        """Tensors and numbers that a resumed run needs."""
+        return {}
+
+    def load_state_dict(self, state):
+        """Continue from the state of a saved run."""
+
+
+class LossTerm(Resumable):
     """Base class of the loss terms: a subclass adds `__call__(model, batch, outputs, exit_weights) -> [b]`.
 
     Outputs are those of the loop's forward pass, which may have run in 16 bits; a term itself runs outside autocast.
@@ -24,15 +37,8 @@ class LossTerm:
     def after_step(self, model, progress):
         """Update the term's own state after an optimiser step.
 
-        Units: progress is the finished share of the phases that share a learning-rate schedule, from 0 to 1.
+        Units: progress is the finished part of the phases with a common learning-rate schedule, from 0 to 1.
         """
-
-    def state_dict(self):
-        """Tensors and numbers that a resumed run needs."""
-        return {}
-
-    def load_state_dict(self, state):
-        """Continue from the state of a saved run."""
 
 
 def nothing(*arguments):
@@ -46,37 +52,66 @@ def same_plan(flags, depth, plan):
 
 
 def no_module(*arguments):
-    """Build no module, restrict nothing."""
+    """Build no object, restrict nothing."""
     return None
 
 
 @dataclass(frozen=True)
 class Method:
-    """One method of the papers. `flags` is {flag: value}; `given` is the set of flags that the user typed.
+    """One method of the papers. `flags` is {flag: value}; `typed` is the set of flags that the user typed.
 
     A method that is off returns nothing from its builders, so that the baseline stays bit-identical.
     """
 
     title: str  # heading of its flags in --help
     add_flags: Callable = nothing  # (argparse group)
-    conflicts: Callable = nothing  # (flags, given) -> pairs (applies, sentence)
+    conflicts: Callable = nothing  # (flags, typed) -> pairs (applies, sentence)
     needs: Callable = nothing  # (flags) -> some of "exits", "embeddings", "all_tasks"; see building.py
     terms: Callable = nothing  # (flags, model, noise) -> {name: LossTerm}; noise(purpose) -> torch.Generator
     plan: Callable = same_plan  # (flags, depth, plan so far) -> plan: a function that starts a generator of phases
     adapters: Callable = no_module  # (flags, config, task names, generator) -> module for BERT's adapter slot
     trains: Callable = no_module  # (flags, model) -> names of the parameters that may train; None: all
     rates: Callable = nothing  # (flags, model) -> {parameter name: factor of the learning rate}
+    gradients: Callable = no_module  # (flags, parameters, generator) -> gradients.Combiner
+    exit_settings: Callable = no_module  # (flags, tasks) -> early_exit.ExitSettings
 
 
-def belongs(given, names, is_on, owner):
+def belongs(typed, names, is_on, owner):
     """Conflicts for flags that make no sense while the flag that they belong to is off."""
-    return [(name in given and not is_on, f"--{name} belongs to {owner}") for name in names]
+    return [(name in typed and not is_on, f"--{name} belongs to {owner}") for name in names]
 
 
 def among_tasks(flags, name):
     """Conflicts for a flag that lists tasks: each must be a task of the run."""
     tasks = flags["tasks"]
     return [(task not in tasks, f"--{name} {task}: not among --tasks {' '.join(tasks)}") for task in flags[name] or ()]
+
+
+def convert(flag, entry, text, function):
+    """A value from a part of what the user typed for a flag.
+
+    Raises: InputError, with the entire `entry`, for a text that the function refuses.
+    """
+    try:
+        return function(text)
+    except (ValueError, argparse.ArgumentTypeError) as error:
+        raise InputError(f"{flag} {entry}: {error}") from None
+
+
+def per_task(entries, flag, names, function):
+    """Read `value` or `task=value ...` entries into {task: value}; an entry that names its task wins.
+
+    Raises: InputError for an unknown task or a value that the function refuses.
+    """
+    chosen = {}
+    for entry in sorted(entries or (), key=lambda entry: "=" in entry):
+        name, equals, text = entry.rpartition("=")
+        value = convert(flag, entry, text, function)
+        for task in [name] if equals else names:
+            if task not in names:
+                raise InputError(f"{flag} {entry}: no such task here; tasks are {', '.join(names)}")
+            chosen[task] = value
+    return chosen
 
 
 # --- types of flags: functions of the typed text, for argparse ----------------------------------------------------
@@ -114,7 +149,7 @@ def positive(text):
     return value
 
 
-def share(text):
+def below_one(text):
     """A number from 0 to below 1."""
     value = at_least_zero(text)
     if value >= 1:

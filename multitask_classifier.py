@@ -33,13 +33,13 @@ from base_bert import BertConfig, Dropout, dropout_state
 from bert import BertModel
 from datasets import Batch, bucketed_batches
 from early_exit import LTE, Exit, ExitInference, sweep_levels
-from evaluation import AtExit, evaluate, fit_threshold, predict
+from evaluation import AtExit, evaluate, fit_decision_threshold, predict
 from flags import EVALUATE_FLAGS, check_flags, file_flags, parse_flags, recorded_flags
 from methods import LossTerm
 from optimizer import clip_gradients
 from report import close_run, close_sweep, copy_predictions, finish
 from runs import FORMAT, FREE_FLAGS, Interrupted, Recorder, RunFolder, SignalGuard, check_same_run, name_run, sha256
-from samplers import SAMPLERS, all_tasks_order, epoch_rows, generator, rows_per_epoch
+from samplers import SAMPLERS, all_tasks_order, generator, phase_rows, rows_per_epoch
 from tokenizer import BertTokenizer, pack, pad
 
 # about how many training rows a decision threshold is fitted on
@@ -65,20 +65,20 @@ class Outputs:
 
 
 class MultitaskBERT(nn.Module):
-    """A BERT with one head per task and, where `exits` is set, an exit after every layer.
+    """A BERT with one head per task and, with `with_exits`, an exit after every layer.
 
     Source: BERTer 3.1 (heads), 3.3 (exits), 3.4 (pair encodings); SMARTer BERT 4.1.
     """
 
-    def __init__(self, bert, tasks, hidden_dropout_prob=0.3, pooling="cls", exits=False, adapters=None, init=None):
+    def __init__(self, bert, tasks, hidden_dropout_prob=0.3, pooling="cls", with_exits=False, adapters=None, init=None):
         super().__init__()
         self.bert, self.tasks, self.pooling = bert, tasks, pooling
         self.depth = bert.config.num_hidden_layers  # L
         self.dropout = Dropout(hidden_dropout_prob)
         self.heads = make_heads(self, init)
-        earlier = range(self.depth - 1) if exits else ()  # the last layer's exit is the ordinary pooler and heads
+        earlier = range(self.depth - 1) if with_exits else ()  # the last layer's exit is the ordinary pooler and heads
         self.exits = nn.ModuleList(Exit(bert, lambda: make_heads(self, init), pooling == "cls") for _ in earlier)
-        self.lte = nn.ModuleDict({name: LTE(self.width(task)) for name, task in tasks.items() if exits})
+        self.lte = nn.ModuleDict({name: LTE(self.width(task)) for name, task in tasks.items() if with_exits})
         self.adapters = adapters
         if adapters is not None:
             adapters.attach(bert)
@@ -96,11 +96,11 @@ class MultitaskBERT(nn.Module):
         self.thresholds = thresholds
         return self
 
-    def threshold(self, name):
+    def decision_threshold(self, name):
         """Decision threshold of a task."""
         return float(self.thresholds[list(self.tasks).index(name)])
 
-    def set_threshold(self, name, value):
+    def set_decision_threshold(self, name, value):
         """Set the decision threshold of a task."""
         self.thresholds[list(self.tasks).index(name)] = value
 
@@ -114,14 +114,14 @@ class MultitaskBERT(nn.Module):
 
     def embed(self, batch):
         """The embeddings that enter layer 1, one tensor per encoder pass. Shapes: tuple of [b,s,d]."""
-        embeds = tuple(self.bert.embed(ids, types) for ids, _, types in batch.segments)
+        embeds = tuple(self.bert.embed(ids, segment_ids) for ids, _, segment_ids in batch.segments)
         # embed_concat: both texts are embedded apart, then enter layer 1 as one sequence, [b,s_1+s_2,d]
-        return (torch.cat(embeds, dim=1),) if batch.encoding == "embed_concat" else embeds
+        return (torch.cat(embeds, dim=1),) if batch.task.encoding == "embed_concat" else embeds
 
     def masks(self, batch):
         """The attention mask of every encoder pass. Shapes: tuple of [b,s]."""
         masks = tuple(mask for _, mask, _ in batch.segments)
-        return (torch.cat(masks, dim=1),) if batch.encoding == "embed_concat" else masks
+        return (torch.cat(masks, dim=1),) if batch.task.encoding == "embed_concat" else masks
 
     def state(self, i, hidden, masks, task):
         """The vector that the heads of exit i see. Shapes: hidden: one [b,s,d] per pass; returns [b,w]."""
@@ -214,7 +214,7 @@ def predict_texts(model, name, *segments):
         # segment ids: 1 for the second text of embed_concat, 0 otherwise
         second = int(task.encoding == "embed_concat")
         packed = [(i, mask, torch.full_like(i, k * second)) for k, (i, mask) in enumerate(segments)]  # [b,s] each
-    batch = Batch(task, task.encoding, tuple(packed), None, tuple(range(len(ids))))
+    batch = Batch(task, tuple(packed), None, tuple(range(len(ids))))
     return model(batch).logits[model.depth]
 
 
@@ -235,7 +235,7 @@ def set_trainable(model, phase, allowed):
     every epoch, whether they are cached or not.
     """
     # compared by identity, since a parameter has no name of its own
-    chosen = {id(parameter) for module in phase.trainable(model) for parameter in module.parameters()}
+    chosen = {id(parameter) for module in phase.modules(model) for parameter in module.parameters()}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in allowed and id(parameter) in chosen)
     inside = [module for module in (model.bert, model.adapters) if module is not None]
@@ -252,8 +252,8 @@ def phase_steps(parts, phase, position):
     """
     settings, batches = parts.settings, {}
     sizes = {name: len(rows) for name, rows in parts.rows.items()}
-    per_epoch = rows_per_epoch(parts.model.tasks, sizes, settings.split)
-    for name, chosen in epoch_rows(per_epoch, sizes, position, phase.fraction, settings.seed).items():
+    per_epoch = rows_per_epoch(parts.model.tasks, sizes, settings.data_split)
+    for name, chosen in phase_rows(per_epoch, sizes, position, phase.fraction, settings.seed).items():
         rows, rng = parts.rows[name][chosen], generator(settings.seed, "batches", name, position)
         size = settings.batch_size * parallel.world_size()
         lengths = parts.data[name]["train"].lengths()[rows]
@@ -279,7 +279,7 @@ def train_step(parts, optimizer, terms, step, multiplier):
     the device.
     """
     results, precision = [], parts.precision
-    for name, batches, exits in step:
+    for name, batches, exit_weights in step:
         # A loss is divided by the task's examples in the whole step, not in the batch. So k accumulated batches equal
         # one batch k times as large, and a short last batch counts by its examples.
         examples = sum(len(rows) for rows in batches)
@@ -287,9 +287,9 @@ def train_step(parts, optimizer, terms, step, multiplier):
             positions, weight = parallel.share(len(rows))  # the rows of this process; all of them if it is alone
             batch = parts.data[name]["train"].batch(rows, positions).to(precision.device)
             with precision.autocast():
-                outputs = parts.model(batch, exits=tuple(exits))
+                outputs = parts.model(batch, exits=tuple(exit_weights))
             # each term is [b], one number per example
-            values = {key: weight * term(parts.model, batch, outputs, exits) for key, term in terms.items()}
+            values = {key: weight * term(parts.model, batch, outputs, exit_weights) for key, term in terms.items()}
             if any(value.shape != (len(batch),) for value in values.values()):
                 raise ValueError(f"terms return { {k: tuple(v.shape) for k, v in values.items()} }, not [{len(batch)}]")
             loss = parts.settings.task_weights[name] * sum(values.values()).sum() / examples
@@ -317,11 +317,11 @@ def evaluate_dev(parts, exit_layer):
     keywords = parts.inference() | {"infer": AtExit(exit_layer)}
     for name, rows in parts.rows.items():
         train = parts.data[name]["train"]
-        if train.task.objective.fit_threshold:
-            parts.model.set_threshold(name, 0.5)
+        if train.task.objective.fits_threshold:
+            parts.model.set_decision_threshold(name, 0.5)
             seen = predict(parts.model, train, rows[:: max(1, len(rows) // THRESHOLD_ROWS)], **keywords)
-            threshold = fit_threshold(seen.probabilities[:, 1], train.labels[seen.rows])
-            parts.model.set_threshold(name, parallel.from_first(threshold))
+            threshold = fit_decision_threshold(seen.probabilities[:, 1], train.labels[seen.rows])
+            parts.model.set_decision_threshold(name, parallel.from_first(threshold))
     return evaluate(parts.model, parts.dev(), **keywords)
 
 
@@ -336,11 +336,11 @@ def send(plan, score):
 def train(parts, recorder):
     """Train: the phases of the plan, and the steps of each.
 
-    The recorder saves, logs and handles signals. Where it continues a stopped run, its progress is that run's.
+    The recorder saves, logs and handles signals. Where it continues a stopped run, its history is that run's.
     """
     plan = parts.plan()
     phase = next(plan)
-    for norm in recorder.progress.scores:  # the phases that a resumed run has finished
+    for norm in recorder.history.scores:  # the phases that a resumed run has finished
         phase = send(plan, norm)
     optimizer = trained = None  # made anew whenever other parameters train
     while phase is not None:
@@ -348,8 +348,8 @@ def train(parts, recorder):
         # the optimiser's state lives as long as the same parameters train
         if list(parameters) != trained:
             optimizer, trained = parts.make_optimizer(parameters), list(parameters)
-        terms = {name: term for name, term in parts.terms.items() if name not in phase.without}
-        steps, (k, n) = phase_steps(parts, phase, recorder.progress.epochs), phase.part
+        terms = {name: term for name, term in parts.terms.items() if not isinstance(term, phase.without)}
+        steps, (k, n) = phase_steps(parts, phase, recorder.history.epochs), phase.part
         for done, step in recorder.before_phase(phase, steps, optimizer, trained):
             # the middle of the step, so that neither the first nor the last step has a learning rate of 0
             progress = (k + (done + 0.5) / len(steps)) / n
@@ -371,23 +371,23 @@ def make_model(flags, tasks, bert):
     # a generator of its own: switching a method on does not change what the heads are drawn from
     init = torch.Generator().manual_seed(flags["seed"])
     adapters = building.build_adapters(flags, bert.config, list(tasks), init)
-    dropout, exits = flags["hidden_dropout_prob"], "exits" in building.needs(flags)
-    return MultitaskBERT(bert, tasks, dropout, flags["pooling"], exits, adapters, init)
+    dropout, with_exits = flags["hidden_dropout_prob"], "exits" in building.needs_of_methods(flags)
+    return MultitaskBERT(bert, tasks, dropout, flags["pooling"], with_exits, adapters, init)
 
 
-def train_run(flags, given, defaults):
+def train_run(flags, typed, defaults):
     """Read everything a training run needs, make its directory, and train."""
     folder, config = RunFolder(flags["run_dir"] or name_run(flags, defaults)), None
     if flags["resume"]:
         config = folder.config()
-        check_same_run(config, flags, given)
-        flags = recorded_flags(config) | {name: flags[name] for name in given & FREE_FLAGS}
+        check_same_run(config, flags, typed)
+        flags = recorded_flags(config) | {name: flags[name] for name in typed & FREE_FLAGS}
     else:
         folder.refuse_existing(flags["overwrite"])
     # dropout differs between processes; all other random numbers come from generators that are alike
     torch.manual_seed(flags["seed"] + parallel.rank())
     device = building.choose_device(flags["use_gpu"])
-    inputs = building.read_inputs(flags, given, config)
+    inputs = building.read_inputs(flags, typed, config)
     flags = inputs.flags
     bert = BertModel.from_pretrained(inputs.weights, attention=flags["attention"])
     model = make_model(flags, inputs.tasks, bert).to(device)
@@ -397,10 +397,8 @@ def train_run(flags, given, defaults):
     print("\n".join(building.parameter_table(model, parts.trainable)))
     if model.adapters is not None:
         print("\n".join(parameter_report(model.adapters)))
-    state = None
-    if config:
-        state = folder.load_last()
-    else:
+    state = folder.load_last() if config else None
+    if not config:
         folder.create(inputs.record(device) | {"bert": asdict(bert.config)}, inputs.weights, flags["overwrite"])
     print(f"run: {folder.path}", flush=True)
     advice = "free some, then go on with --resume"
@@ -444,31 +442,31 @@ def load_run(path, device, changes=None):
         raise InputError(f"{folder.path / 'config.json'}: bert: {error}: the run directory is damaged") from None
     model = make_model(flags, building.build_table(flags), BertModel(sizes, attention=flags["attention"]))
     folder.load_best(model)
-    exits = folder.read_summary().get("exits")
-    infer = ExitInference(exits["policies"], exits["thresholds"]) if exits else AtExit(None)
+    exit_record = folder.read_summary().get("exits")
+    infer = ExitInference(exit_record["policies"], exit_record["thresholds"]) if exit_record else AtExit(None)
     return SavedRun(model.to(device).eval(), tokenizer, flags, infer)
 
 
-def evaluate_run(flags, given):
+def evaluate_run(flags, typed):
     """--option evaluate: score a saved run on its dev data, write its predictions beside those of the training."""
     if not flags["run_dir"]:
         raise InputError("--option evaluate: which run? give --run_dir")
     free = EVALUATE_FLAGS | file_flags()
-    for name in given - free - {"option", "run_dir", "early_exit"}:
+    for name in typed - free - {"option", "run_dir", "early_exit"}:
         raise InputError(f"--{name}: belongs to training; --option evaluate takes it from the run")
     device, levels = building.choose_device(flags["use_gpu"]), sweep_levels(flags["exit_threshold"])
-    changes = {name: flags[name] for name in given & free}
+    changes = {name: flags[name] for name in typed & free}
     if levels:
         changes["exit_threshold"] = ["auto"]
     run = load_run(flags["run_dir"], device, changes)
-    if given & {"early_exit", "exit_policy", "exit_threshold"} and not run.flags["early_exit"]:
+    if typed & {"early_exit", "exit_policy", "exit_threshold"} and not run.flags["early_exit"]:
         raise InputError(f"{flags['run_dir']}: was trained without --early_exit: it cannot leave early")
     data, files, _ = building.read_data(run.flags, run.model.tasks, run.tokenizer)
     folder = RunFolder(flags["run_dir"])
-    before, exits = folder.config()["data"], folder.read_summary().get("exits")
-    if exits and folder.config().get("format") != FORMAT and "exit_threshold" not in given:
+    before, exit_record = folder.config()["data"], folder.read_summary().get("exits")
+    if exit_record and folder.config().get("format") != FORMAT and "exit_threshold" not in typed:
         # an earlier version chose thresholds another way: keep those that the run has
-        run.flags["exit_threshold"] = [f"{name}={value}" for name, value in exits["thresholds"].items()]
+        run.flags["exit_threshold"] = [f"{name}={value}" for name, value in exit_record["thresholds"].items()]
     for name, path in files.items():
         if sha256(path) not in (before.get(name), before.get(path.name)):
             print(f"note: {path} is not a file of the training run: do not compare its scores with that run's")
@@ -486,15 +484,15 @@ def evaluate_run(flags, given):
 
 def main(argv=None):
     """Train or evaluate as the flags say. Returns the exit status."""
-    flags, given, defaults = parse_flags(argv)
-    check_flags(flags, given)
+    flags, typed, defaults = parse_flags(argv)
+    check_flags(flags, typed)
     use_gpu = flags["use_gpu"]
     if flags["resume"]:
         use_gpu = recorded_flags(RunFolder(flags["run_dir"] or name_run(flags, defaults)).config())["use_gpu"]
     with parallel.processes(use_gpu):
         if flags["option"] == "evaluate":
-            return evaluate_run(flags, given)
-        return train_run(flags, given, defaults)
+            return evaluate_run(flags, typed)
+        return train_run(flags, typed, defaults)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,6 @@
 It calls evaluation.predict, as a run does for its own prediction files, so a text gets the same numbers here.
 """
 
-import csv
-import io
 import math
 import os
 import sys
@@ -20,7 +18,7 @@ import multitask_classifier  # isort: skip
 from building import choose_device, make_autocast
 from datasets import Dataset, read_dataset
 from errors import InputError, Parser, run_script
-from evaluation import describe, predict
+from evaluation import describe, predict, readable_table
 from files import write_whole
 from flags import PRECISIONS
 from methods import positive_int
@@ -35,7 +33,7 @@ def make_parser():
     parser.add_argument("texts", nargs="*", metavar="TEXT", help="the text, or the two texts of a pair")
     parser.add_argument("--file", metavar="CSV", help="the course's format, tab separated; it needs no label column")
     parser.add_argument("--out", metavar="CSV", help="write texts and predictions to this file, instead of printing")
-    parser.add_argument("--precision", choices=PRECISIONS, help="default: the run's")
+    parser.add_argument("--precision", choices=tuple(PRECISIONS), help="default: the run's")
     parser.add_argument("--eval_batch_size", type=positive_int, help="texts at once; default: the run's")
     parser.add_argument("--use_gpu", action="store_true", help="work on CUDA or Apple's MPS where there is one")
     return parser
@@ -50,11 +48,11 @@ def collect(task, rows, tokenizer, max_length):
     return dataset.freeze()
 
 
-def check_count(task, texts, where):
+def check_count(task, texts, where, hint):
     """Fail where a row has another number of texts than the task compares."""
     if len(texts) != len(task.columns):
         wanted = "two texts" if task.is_pair else "one text"
-        raise InputError(f"{where}: {len(texts)} given, but {task.name} takes {wanted}; quote a text that has spaces")
+        raise InputError(f"{where}: {len(texts)} texts, but {task.name} takes {wanted}; {hint}")
 
 
 def read_lines(task, stream):
@@ -72,8 +70,7 @@ def read_lines(task, stream):
         # a blank line keeps its place, so that predictions and lines stay side by side
         if not line.strip():
             texts = [""] * len(task.columns)
-        if len(texts) != len(task.columns):
-            raise InputError(f"{where}: {len(texts)} texts, but {task.name} takes two, separated by a tab")
+        check_count(task, texts, where, "separate the two by a tab")
         rows.append(texts)
     if not rows:
         raise InputError("standard input: empty: give a text per line, a TEXT argument, or --file")
@@ -88,7 +85,7 @@ def read_texts(args, task, tokenizer, max_length):
         # a test file: it needs no label column, and every row gets a prediction
         return read_dataset(task, args.file, tokenizer, max_length, labelled=False)
     if args.texts:
-        check_count(task, args.texts, "TEXT")
+        check_count(task, args.texts, "TEXT", "quote a text that has spaces")
         for text in args.texts:
             # Python passes bytes that are not UTF-8 in an argument on as lone surrogates
             if any("\ud800" <= character <= "\udfff" for character in text):
@@ -106,16 +103,6 @@ def prediction_lines(predictions):
         # a regression has no label: its value is the prediction
         value, label, probability = describe(predictions, i)
         yield f"{label}\t{probability}" if label else value
-
-
-def prediction_table(predictions):
-    """A CSV of texts and predictions."""
-    data, table = predictions.data, io.StringIO()
-    writer = csv.writer(table)
-    writer.writerow(["id", *data.task.columns, "prediction", "label", "probability"])
-    for i, row in enumerate(predictions.rows):
-        writer.writerow([data.identifier(row), *data.text(row), *describe(predictions, i)])
-    return table.getvalue()
 
 
 def main(argv=None):
@@ -140,10 +127,10 @@ def main(argv=None):
         infer=run.infer,  # leaves early where the run was trained to
         batch_size=flags["eval_batch_size"],
         precision=make_autocast(flags["precision"], device),
-        progress=sys.stderr.isatty(),
+        show_bar=sys.stderr.isatty(),
     )
     if args.out:
-        write_whole(args.out, prediction_table(predictions))
+        write_whole(args.out, readable_table(predictions))
     else:
         print("\n".join(prediction_lines(predictions)))
 

@@ -180,7 +180,7 @@ def score_table(tasks, metrics):
     return lines
 
 
-def exit_table(exits, record):
+def exit_table(all_exits, record):
     """The lines of a table of early exit, from the `exits` record of summary.json."""
     depth = len(next(iter(record["shares"].values())))
     row = "{:<18}{:<12}{:>10}{:>12}{:>12}{:>8}{:>8}"
@@ -194,7 +194,7 @@ def exit_table(exits, record):
         lines.append(row.format(title, policy, threshold, f"{full:.3f}", f"{left:.3f}", f"{layers:.2f}", saved))
 
     full, left, layers = (record["cross_fitted"][key] for key in ("full", "exit", "mean_layers"))
-    for name, task_exits in exits.items():
+    for name, task_exits in all_exits.items():
         threshold = record["thresholds"][name]
         threshold = "never" if threshold == UNREACHABLE else f"{threshold:.4f}"
         add(task_exits.task.title, record["policies"][name], threshold, full[name], left[name], layers[name])
@@ -206,16 +206,16 @@ def exit_table(exits, record):
 # --- the end of a run ---------------------------------------------------------------------------------------------
 
 
-def score_exits(tasks, exits, settings):
+def score_exits(tasks, all_exits, settings):
     """Choose the thresholds that a run keeps, and score early exit with cross-fitted ones: for summary.json.
 
-    `exits` is {task: AllExits} of dev.
+    `all_exits` is {task: AllExits} of dev.
     """
-    thresholds, held_out = settings.complete(exits), cross_fit(exits, settings)
+    thresholds, held_out = settings.complete(all_exits), cross_fit(all_exits, settings)
     policies = settings.policies
-    results = {name: scores_at(task_exits, policies[name], held_out[name]) for name, task_exits in exits.items()}
-    kept = {name: scores_at(task_exits, policies[name], thresholds[name]) for name, task_exits in exits.items()}
-    by_layer = {name: layer_scores(task_exits).tolist() for name, task_exits in exits.items()}
+    results = {name: scores_at(task_exits, policies[name], held_out[name]) for name, task_exits in all_exits.items()}
+    kept = {name: scores_at(task_exits, policies[name], thresholds[name]) for name, task_exits in all_exits.items()}
+    by_layer = {name: layer_scores(task_exits).tolist() for name, task_exits in all_exits.items()}
     full = {name: scores[-1] for name, scores in by_layer.items()}
     left = {name: result.score for name, result in results.items()}
     layers = {name: result.mean_layers for name, result in results.items()}
@@ -233,9 +233,9 @@ def score_exits(tasks, exits, settings):
 def close_exits(model, datasets, folder, settings, options):
     """Choose the exit thresholds and print and draw what they do. Returns (inference, record for summary.json)."""
     tasks = {name: data.task for name, data in datasets.items()}
-    exits = {name: predict_exits(model, data, **options) for name, data in datasets.items()}
-    record = score_exits(tasks, exits, settings)
-    print("\n".join(exit_table(exits, record)))
+    all_exits = {name: predict_exits(model, data, **options) for name, data in datasets.items()}
+    record = score_exits(tasks, all_exits, settings)
+    print("\n".join(exit_table(all_exits, record)))
     metrics = {name: task.metric.name for name, task in tasks.items()}
     plot_exits(
         folder / "exits.png", record["shares"], "Where the dev rows leave, with the thresholds that the run keeps"
@@ -244,7 +244,7 @@ def close_exits(model, datasets, folder, settings, options):
     return ExitInference(settings.policies, record["thresholds"]), record
 
 
-def close_run(model, data, folder, options, settings=None, progress=False, known=None):
+def close_run(model, data, folder, options, settings=None, show_bar=False, known=None):
     """Score the model on dev, with exits too where there are settings; write predictions and pictures into `folder`.
 
     `data` is {task: {split: Dataset}}; `options` are arguments of `predict`. `known` is the result of `evaluate` for
@@ -256,7 +256,7 @@ def close_run(model, data, folder, options, settings=None, progress=False, known
     tasks = {name: dataset.task for name, dataset in dev.items()}
     started = time.perf_counter()
     scores, predictions = known if known and not settings else evaluate(model, dev, **options)
-    seconds, infer, exits = time.perf_counter() - started, AtExit(), None
+    seconds, infer, exit_record = time.perf_counter() - started, AtExit(), None
     for warning in scores.warnings:
         print(f"warning: {warning}")
     print("\n".join(score_table(tasks, scores.tasks)))
@@ -266,20 +266,20 @@ def close_run(model, data, folder, options, settings=None, progress=False, known
             title = f"{tasks[name].title}, dev"
             plot_confusion(folder / f"confusion-{name}.png", metrics["confusion"], tasks[name].label_names, title)
     if settings:
-        infer, exits = close_exits(model, dev, folder, settings, options)
+        infer, exit_record = close_exits(model, dev, folder, settings, options)
         started = time.perf_counter()
         left, predictions = evaluate(model, dev, infer=infer, **options)
-        exits |= {"dev": left.record(), "seconds": {"full": seconds, "exit": time.perf_counter() - started}}
-        print(f"seconds for dev: {seconds:.1f} at full depth, {exits['seconds']['exit']:.1f} with exits")
+        exit_record |= {"dev": left.record(), "seconds": {"full": seconds, "exit": time.perf_counter() - started}}
+        print(f"seconds for dev: {seconds:.1f} at full depth, {exit_record['seconds']['exit']:.1f} with exits")
     for name, splits in data.items():
         for split in ("dev", "test"):
             predicted = predictions[name] if split == "dev" else None
             # rows without a label or with an empty text are predicted, but not scored
             if predicted is None or len(predicted.rows) < len(splits[split]):
-                predicted = predict(model, splits[split], infer=infer, progress=progress, **options)
+                predicted = predict(model, splits[split], infer=infer, show_bar=show_bar, **options)
             write_predictions(folder / "predictions", predicted, split)
     print(f"predictions: {folder / 'predictions'}")
-    return scores.record(), exits
+    return scores.record(), exit_record
 
 
 def copy_predictions(folder, outputs):
@@ -292,43 +292,43 @@ def copy_predictions(folder, outputs):
 
 def finish(parts, recorder):
     """Evaluate the best model, write its predictions, pictures and the summary."""
-    folder, progress = recorder.folder, recorder.progress
+    folder, history = recorder.folder, recorder.history
     folder.load_best(parts.model)
-    print(f"\nbest model: {progress.best_phase} (last phase: norm {progress.last_scores['norm']:.4f})")
+    print(f"\nbest model: {history.best_phase} (last phase: norm {history.last_scores['norm']:.4f})")
     started = time.monotonic()
     bars = progress_bars()
-    scores, exits = close_run(
-        parts.model, parts.data, folder.path, parts.inference(), parts.exit_settings, bars, recorder.best
+    scores, exit_record = close_run(
+        parts.model, parts.data, folder.path, parts.inference(), parts.exit_settings, bars, recorder.best_evaluation
     )
-    counted = exits["dev"] if exits else scores
+    counted = exit_record["dev"] if exit_record else scores
     folder.summary(
         {
-            "best": {"phase": progress.best_phase, **scores},
-            "last": progress.last_scores,
-            "phase_norms": progress.scores,
-            "steps": progress.total_steps,
-            "train_seconds": round(progress.train_seconds, 1),
-            "eval_seconds": round(progress.eval_seconds, 1),
+            "best": {"phase": history.best_phase, **scores},
+            "last": history.last_scores,
+            "phase_norms": history.scores,
+            "steps": history.total_steps,
+            "train_seconds": round(history.train_seconds, 1),
+            "eval_seconds": round(history.eval_seconds, 1),
             "finish_seconds": round(time.monotonic() - started, 1),
             "mean_layers": float(np.mean([metrics["mean_layers"] for metrics in counted["tasks"].values()])),
             "peak_mib": round(memory_mib(parts.precision.device)),
-            "exits": exits,
+            "exits": exit_record,
         }
     )
-    print(f"minutes: training {progress.train_seconds / 60:.1f}, evaluation {progress.eval_seconds / 60:.1f}")
+    print(f"minutes: training {history.train_seconds / 60:.1f}, evaluation {history.eval_seconds / 60:.1f}")
     recorder.remove_last()
 
 
 # --- the sweep ----------------------------------------------------------------------------------------------------
 
 
-def sweep_rows(label, thresholds, exits, policies, seconds):
+def sweep_rows(label, thresholds, all_exits, policies, seconds):
     """The rows of one setting of the thresholds: a dict per task, and one for all tasks.
 
     `thresholds` is {task: number, or [n]}; `seconds` is {task: time that the real run took}.
     """
     rows = []
-    for name, task_exits in exits.items():
+    for name, task_exits in all_exits.items():
         result = scores_at(task_exits, policies[name], thresholds[name])
         threshold = float(np.mean(thresholds[name]))
         row = {"setting": label, "task": name, "policy": policies[name], "threshold": threshold}
@@ -336,9 +336,10 @@ def sweep_rows(label, thresholds, exits, policies, seconds):
         row |= {"examples_per_second": len(task_exits.rows) / seconds[name]}
         rows.append(row | {f"exit_{i}": float(share) for i, share in enumerate(result.shares, start=1)})
     total = {"setting": label, "task": "all", "policy": "", "threshold": "", "metric": "norm"}
-    tasks = {name: task_exits.task for name, task_exits in exits.items()}
+    tasks = {name: task_exits.task for name, task_exits in all_exits.items()}
     total |= {"score": mean_norm(tasks, {row["task"]: row["score"] for row in rows})}
-    total |= {"examples_per_second": sum(len(task_exits.rows) for task_exits in exits.values()) / sum(seconds.values())}
+    count = sum(len(task_exits.rows) for task_exits in all_exits.values())
+    total |= {"examples_per_second": count / sum(seconds.values())}
     # the other columns are averaged over the tasks
     total |= {key: float(np.mean([row[key] for row in rows])) for key in rows[0] if key not in total}
     return [*rows, total]
@@ -350,20 +351,20 @@ def sweep(model, datasets, settings, levels, options):
     `auto` is the choice of the settings: cross-fitted for the scores, chosen on all of dev for the time.
     Scores and layers come from one full pass, the time from a real run of the same rows. Returns a list of dicts.
     """
-    exits = {name: predict_exits(model, data, **options) for name, data in datasets.items()}
+    all_exits = {name: predict_exits(model, data, **options) for name, data in datasets.items()}
     points = {"full depth": dict.fromkeys(datasets, UNREACHABLE)}
     points |= {f"{level:g}": dict.fromkeys(datasets, level) for level in levels}
-    points["auto"] = settings.complete(exits)
+    points["auto"] = settings.complete(all_exits)
     rows = []
     for label, thresholds in points.items():
         infer = AtExit() if label == "full depth" else ExitInference(settings.policies, thresholds)
         seconds = {}
         for name, data in datasets.items():
             started = time.perf_counter()
-            predict(model, data, exits[name].rows, infer=infer, **options)
+            predict(model, data, all_exits[name].rows, infer=infer, **options)
             seconds[name] = time.perf_counter() - started
-        scored = cross_fit(exits, settings) if label == "auto" else thresholds
-        rows += sweep_rows(label, scored, exits, settings.policies, seconds)
+        scored = cross_fit(all_exits, settings) if label == "auto" else thresholds
+        rows += sweep_rows(label, scored, all_exits, settings.policies, seconds)
     return rows
 
 

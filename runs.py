@@ -39,8 +39,8 @@ from parallel import on_first, world_size
 # the version of config.json and its flags
 FORMAT = 2
 # flags that do not change what a run computes: they may differ when it is resumed
-CARE_FLAGS = {"run_dir", "resume", "overwrite", "eval_batch_size", "outputs"}
-FREE_FLAGS = CARE_FLAGS | {"data_dir", "weights"}
+NEUTRAL_FLAGS = {"run_dir", "resume", "overwrite", "eval_batch_size", "outputs"}
+FREE_FLAGS = NEUTRAL_FLAGS | {"data_dir", "weights"}
 # where a new run's first files wait until all of them are written
 STAGING = ".minbert-new-run"
 
@@ -70,7 +70,7 @@ def name_run(flags, defaults):
     """A directory name made of the flags that differ from the defaults: runs/finetune-slf-lr_1e-05."""
     parts = [flags["option"]]
     for name, value in flags.items():
-        if name not in CARE_FLAGS | {"option", "use_gpu"} and value != defaults[name]:
+        if name not in NEUTRAL_FLAGS | {"option", "use_gpu"} and value != defaults[name]:
             text = "-".join(map(str, value)) if isinstance(value, list) else str(value)
             parts.append(name if value is True or not text else f"{name}_{Path(text).name}")
     kept = "".join(c if c.isalnum() or c in "-_.=" else "_" for c in "-".join(parts))
@@ -288,7 +288,7 @@ class RunFolder:
         write_whole(self.path / "summary.json", json.dumps(content, indent=1))
 
 
-def check_same_run(config, flags, given):
+def check_same_run(config, flags, typed):
     """Fail where a resumed run is given other flags, or other processes, than it was started with.
 
     Raises: InputError.
@@ -305,7 +305,7 @@ def check_same_run(config, flags, given):
         )
     for name in config["flags"].keys() - flags.keys():
         raise InputError(f"--resume: this run was started with --{name}, which the program does not have now")
-    for name in given - FREE_FLAGS:
+    for name in typed - FREE_FLAGS:
         # auto was replaced by what it chose
         if flags[name] not in (config["flags"].get(name), "auto"):
             raise InputError(
@@ -339,7 +339,7 @@ def command_line():
     return " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
-# --- signals and progress -----------------------------------------------------------------------------------------
+# --- signals and history ------------------------------------------------------------------------------------------
 
 
 class Interrupted(BaseException):
@@ -372,8 +372,8 @@ class SignalGuard:
 
 
 @dataclass
-class Progress:
-    """Where a run is: what last.pt holds besides the tensors."""
+class History:
+    """What a run has done so far: the part of last.pt that is not tensors."""
 
     scores: list = field(default_factory=list)  # norm after each finished phase
     step: int = 0  # finished steps of the current phase
@@ -403,8 +403,12 @@ class Recorder:
 
     def __init__(self, folder, parts, state=None):
         self.folder, self.parts, self.state = folder, parts, state
-        self.progress = Progress(**state["progress"]) if state else Progress()
-        self.signals, self.best = SignalGuard(), None
+        self.history = History(**state["progress"]) if state else History()
+        self.signals, self.best_evaluation = SignalGuard(), None
+        # of the current phase: `pending` holds the results of the steps since the last line of the log
+        self.phase, self.optimizer, self.bar, self.pending = None, None, None, []
+        # when the phase went on, and when the recorder last logged, saved and printed
+        self.started = self.logged_at = self.saved_at = self.printed_at = 0.0
         if state:
             restore(parts, state)
 
@@ -420,46 +424,46 @@ class Recorder:
 
     def before_phase(self, phase, steps, optimizer, trained):
         """Yield (number of finished steps, step) for the remaining steps of a phase, behind a progress bar."""
-        self.phase, self.optimizer, self.pending, progress = phase, optimizer, [], self.progress
-        if self.state and trained == progress.trained:
+        self.phase, self.optimizer, self.pending, history = phase, optimizer, [], self.history
+        if self.state and trained == history.trained:
             optimizer.load_state_dict(self.state["optimizer"])
-        progress.trained, self.state = trained, None
+        history.trained, self.state = trained, None
         self.started = self.logged_at = self.saved_at = self.printed_at = time.monotonic()
         quiet = not parallel.progress_bars()
-        self.bar = tqdm(steps[progress.step :], phase.label, len(steps), initial=progress.step, disable=quiet)
+        self.bar = tqdm(steps[history.step :], phase.label, len(steps), initial=history.step, disable=quiet)
         for step in self.bar:
-            yield progress.step, step
-        progress.train_seconds += time.monotonic() - self.started
+            yield history.step, step
+        history.train_seconds += time.monotonic() - self.started
 
     def after_step(self, results):
         """Count the step, and log, print or save where it is time to.
 
         Raises: Interrupted after saving, where a signal came; InputError where a loss is not a number.
         """
-        progress, now = self.progress, time.monotonic()
+        history, now = self.history, time.monotonic()
         self.pending.append(results)
-        progress.step += 1
-        progress.total_steps += 1
+        history.step += 1
+        history.total_steps += 1
         due = now - self.saved_at > 60 * self.save_minutes
         stop, due = parallel.any_process(self.signals.received is not None, due)
-        if stop or due or len(self.pending) == self.steps_per_line or progress.step == self.bar.total:
+        if stop or due or len(self.pending) == self.steps_per_line or history.step == self.bar.total:
             self.log_steps(now)
         if stop or due:
-            progress.train_seconds += now - self.started
+            history.train_seconds += now - self.started
             self.started = self.saved_at = time.monotonic()
-            self.folder.save_last(snapshot(self.parts, self.optimizer, progress))
+            self.folder.save_last(snapshot(self.parts, self.optimizer, history))
         if stop:
             raise Interrupted
 
     def log_steps(self, now):
         """Write a log line for the steps since the last one, and show it beside the progress bar."""
-        seconds, progress = now - self.logged_at, self.progress
-        rows = check_finite(self.parts, self.folder, self.pending, progress.total_steps - len(self.pending) + 1)
+        seconds, history = now - self.logged_at, self.history
+        rows = check_finite(self.parts, self.folder, self.pending, history.total_steps - len(self.pending) + 1)
         terms, speed = mean_terms(rows), sum(count for _, count, _ in rows) / seconds
         self.folder.log(
             kind="step",
             phase=self.phase.label,
-            step=progress.total_steps,
+            step=history.total_steps,
             terms=terms,
             lr=self.optimizer.param_groups[0]["lr"],
             seconds=round(seconds, 3),
@@ -471,18 +475,18 @@ class Recorder:
         self.bar.set_postfix_str(f"{losses} {speed:.0f} ex/s")
         # without a progress bar a line a minute shows that the run is alive
         if self.bar.disable and now - self.printed_at > 60:
-            print(f"{self.phase.label} step {progress.step}/{self.bar.total} {losses} {speed:.0f} ex/s", flush=True)
+            print(f"{self.phase.label} step {history.step}/{self.bar.total} {losses} {speed:.0f} ex/s", flush=True)
             self.printed_at = now
         self.pending, self.logged_at = [], now
 
     def after_phase(self, phase, evaluate):
         """Evaluate the model, keep it where it is the best so far, and save what resuming needs. Returns norm.
 
-        `evaluate()` returns (Scores, predictions). `self.best` is that of the last model where it is the best one.
+        `evaluate()` returns (Scores, predictions). `best_evaluation` is its result where this model is the best one.
         """
-        started, progress = time.monotonic(), self.progress
+        started, history = time.monotonic(), self.history
         # taken beforehand, while all processes are at the same place
-        before = snapshot(self.parts, self.optimizer, progress)
+        before = snapshot(self.parts, self.optimizer, history)
         self.signals.immediate = True
         try:
             scores, predictions = evaluate()
@@ -492,18 +496,18 @@ class Recorder:
             raise
         finally:
             self.signals.immediate = False
-        progress.eval_seconds += time.monotonic() - started
-        is_best = phase.keep and scores.norm > progress.best
+        history.eval_seconds += time.monotonic() - started
+        is_best = phase.keep and scores.norm > history.best
         if is_best:
-            progress.best, progress.best_phase = scores.norm, phase.label
+            history.best, history.best_phase = scores.norm, phase.label
             self.folder.save_best(self.parts.model)
-        self.best = (scores, predictions) if is_best else None
-        progress.last_scores = {"tasks": scores.tasks, "raw": scores.raw, "norm": scores.norm}
-        progress.scores.append(scores.norm)
-        progress.epochs += phase.fraction
-        progress.step = 0
+        self.best_evaluation = (scores, predictions) if is_best else None
+        history.last_scores = {"tasks": scores.tasks, "raw": scores.raw, "norm": scores.norm}
+        history.scores.append(scores.norm)
+        history.epochs += phase.fraction
+        history.step = 0
         self.log_phase(phase, scores, is_best)
-        self.folder.save_last(snapshot(self.parts, self.optimizer, progress))
+        self.folder.save_last(snapshot(self.parts, self.optimizer, history))
         return scores.norm
 
     def log_phase(self, phase, scores, is_best):
@@ -514,8 +518,8 @@ class Recorder:
             dev=scores.tasks,
             raw=scores.raw,
             norm=scores.norm,
-            train_seconds=round(self.progress.train_seconds, 2),
-            eval_seconds=round(self.progress.eval_seconds, 2),
+            train_seconds=round(self.history.train_seconds, 2),
+            eval_seconds=round(self.history.eval_seconds, 2),
         )
         tasks = self.parts.model.tasks
         metrics = "  ".join(f"{name} {values[tasks[name].metric.name]:.3f}" for name, values in scores.tasks.items())
@@ -530,7 +534,7 @@ class Recorder:
             self.folder.remove_last()
 
 
-def snapshot(parts, optimizer, progress):
+def snapshot(parts, optimizer, history):
     """Everything that a resumed run needs, loadable with weights_only=True.
 
     The processes are alike, except for the generators that dropout draws from: all of those are here.
@@ -539,7 +543,7 @@ def snapshot(parts, optimizer, progress):
     return {
         "model": parts.model.state_dict(),
         "optimizer": optimizer.state_dict(),
-        "progress": asdict(progress),
+        "progress": asdict(history),
         "terms": {key: term.state_dict() for key, term in parts.terms.items()},
         "gradients": parts.gradients.state_dict(),
         "scaler": parts.precision.scaler.state_dict(),

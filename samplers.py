@@ -45,18 +45,18 @@ def endless_rows(name, size, start, count, seed):
     return np.concatenate(passes)[start - first * size :][:count]  # [passes * size] cut to [count]
 
 
-def rows_per_epoch(tasks, sizes, split):
+def rows_per_epoch(tasks, sizes, data_split):
     """How many rows of each task one epoch uses: {task: rows}, from {task: Task} and {task: rows of its file}.
 
     Source: SMARTer BERT 5.3.2.
     """
     return {
-        name: tasks[name].epoch_rows[split](name, sizes) if split in tasks[name].epoch_rows else size
+        name: tasks[name].epoch_rows[data_split](name, sizes) if data_split in tasks[name].epoch_rows else size
         for name, size in sizes.items()
     }
 
 
-def epoch_rows(rows, sizes, start, fraction, seed):
+def phase_rows(rows, sizes, start, fraction, seed):
     """Rows of each task for the part of the training from `start` to `start + fraction`, both in epochs.
 
     `rows` is {task: rows in an epoch}, `sizes` {task: rows of its file}. Consecutive parts take consecutive rows, so

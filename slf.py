@@ -25,9 +25,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from early_exit import EXIT_WEIGHTS
+from early_exit import EXIT_WEIGHTS, LTELoss
 from methods import Method, belongs, positive
-from tasks import chosen_objective
+from tasks import headless_losses
 
 # --- what a phase trains: functions of the model that list modules --------------------------------------------------
 
@@ -73,19 +73,24 @@ class LastLayers:
 class Phase:
     """A part of the training with one set of trainable parameters and one choice of exits.
 
-    `trainable(model)` lists the modules whose parameters move. `exit_weights` is a cycle of {exit layer: weight}, one
+    `modules(model)` lists the modules whose parameters move. `exit_weights` is a cycle of {exit layer: weight}, one
     entry for each batch of a task.
     """
 
     label: str
     fraction: float  # length in epochs
     exit_weights: tuple
-    trainable: Callable = everything
+    modules: Callable = everything
     # (k, n): number k, from 0, of n phases with one learning-rate schedule; they share an optimiser too, as long as
     # the same parameters train
     part: tuple = (0, 1)
     keep: bool = True  # whether the model after this phase may be kept as the best one
-    without: tuple = ()  # names of the loss terms that do not count
+    without: tuple = ()  # classes of the loss terms that do not count
+
+    def __post_init__(self):
+        k, n = self.part
+        if not 0 <= k < n:
+            raise ValueError(f"phase {self.label!r}: part {self.part}: the number k must be from 0 to n - 1")
 
 
 def plain(epochs, exit_weights, size=1.0):
@@ -166,7 +171,7 @@ def sequential_layer_focus(depth, layer_epochs, second):
                 (part, parts),
                 keep=False,  # the layers above are as they were pretrained
                 # the learning to exit is shared by the layers: its loss would only pull at the layer in training
-                without=("lte",),
+                without=(LTELoss,),
             )
     yield from second
 
@@ -183,13 +188,19 @@ def gradual_unfreezing(depth, layer_epochs, second):
     # 0 layers: the heads alone. With all L layers everything may train, so that is left to `second`.
     for layers in range(depth):
         label = f"unfreezing, heads and {layers}/{depth} layers"
-        yield Phase(label, layer_epochs, ({depth: 1.0},), LastLayers(layers), keep=False, without=("lte",))
+        yield Phase(label, layer_epochs, ({depth: 1.0},), LastLayers(layers), keep=False, without=(LTELoss,))
     yield from second
 
 
 # --- the records --------------------------------------------------------------------------------------------------
 
 TITLE = "training plans (BERTer 3.3)"
+
+
+def start_plan(flags, depth, has_exits):
+    """The plan that the methods' records replace or wrap."""
+    cycle = EXIT_WEIGHTS[flags["exit_loss"]](depth) if has_exits else ({depth: 1.0},)
+    return partial(plain, flags["epochs"], cycle, flags["epoch_size"])
 
 
 def build_two_stage(flags, depth, plan):
@@ -199,14 +210,13 @@ def build_two_stage(flags, depth, plan):
     return partial(two_stage, flags["epochs"], depth, EXIT_WEIGHTS["joint"](depth)[-1], flags["epoch_size"])
 
 
-def check_two_stage(flags, given):
+def check_two_stage(flags, typed):
     """Conflicts of the two-stage plan: pairs (applies, sentence)."""
     on = flags["exit_loss"] == "two_stage"
     yield on and flags["slf"], "--exit_loss two_stage and --slf are both plans with a first stage: choose one"
-    for name in flags["tasks"]:
+    for loss in headless_losses(flags):
         # a cosine of mean vectors: an exit without pooler and without head
-        nothing = flags["pooling"] != "cls" and chosen_objective(flags, name).needs_two_vectors
-        loss = f"--{name}_loss {flags.get(f'{name}_loss')}"
+        nothing = flags["pooling"] != "cls"
         yield on and nothing, f"{loss} with a mean leaves --exit_loss two_stage no exit to train: add --pooling cls"
 
 
@@ -219,7 +229,7 @@ def build_alternating(flags, depth, plan):
     return partial(smart_alternating, flags["epochs"], depth, joint, flags["epoch_size"])
 
 
-def check_alternating(flags, given):
+def check_alternating(flags, typed):
     """Conflicts of Smart Alternating: pairs (applies, sentence)."""
     kind = flags["exit_loss"]
     both = flags["smart_alternating"] and (kind == "two_stage" or len(EXIT_WEIGHTS[kind](2)) > 1)
@@ -232,31 +242,31 @@ def add_slf_flags(group):
     group.add_argument("--slf_epochs", type=positive, default=0.25, help="epochs per layer in stage 1 of --slf")
 
 
-def check_slf(flags, given):
+def check_slf(flags, typed):
     """Conflicts of Sequential Layer Focus: pairs (applies, sentence)."""
     frozen = flags["slf"] and flags["option"] == "pretrain"
     yield frozen, "--slf trains BERT layer by layer, --option pretrain freezes it"
-    yield from belongs(given, ["slf_epochs"], flags["slf"], "--slf")
+    yield from belongs(typed, ["slf_epochs"], flags["slf"], "--slf")
 
 
-def check_unfreezing(flags, given):
+def check_unfreezing(flags, typed):
     """Conflicts of gradual unfreezing: pairs (applies, sentence)."""
     on = flags["gradual_unfreezing"]
     yield on and flags["option"] == "pretrain", "--gradual_unfreezing trains BERT, --option pretrain freezes it"
     yield on and flags["slf"], "--gradual_unfreezing and --slf both freeze layers at the start: choose one"
     adapted = on and flags["adapter"] != ["none"] and not flags["train_backbone"]
     yield adapted, "--gradual_unfreezing unfreezes BERT, --adapter freezes it: add --train_backbone"
-    for name in flags["tasks"]:
-        # a cosine has no head, so with all layers frozen nothing of the task trains
-        headless = (
-            f"--{name}_loss {flags.get(f'{name}_loss')} has no head, and --gradual_unfreezing starts with heads alone"
-        )
-        yield on and chosen_objective(flags, name).needs_two_vectors, headless
+    for loss in headless_losses(flags):
+        # with all layers frozen nothing of the task trains
+        yield on, f"{loss} has no head, and --gradual_unfreezing starts with heads alone"
 
 
-def first_stage(plan, flag, flags, depth, second):
-    """Put a first stage of `flags[flag]` epochs a layer before the plan `second`."""
-    return lambda: plan(depth, flags[flag], second())
+def first_stage(plan, switch, epochs):
+    """Make the builder that puts a first stage before the plan so far, if the flag `switch` is on.
+
+    Flag `epochs` is the first stage's length in epochs a layer.
+    """
+    return lambda flags, depth, second: (lambda: plan(depth, flags[epochs], second())) if flags[switch] else second
 
 
 TWO_STAGE = Method(TITLE, conflicts=check_two_stage, plan=build_two_stage)
@@ -274,9 +284,7 @@ SLF = Method(
     add_slf_flags,
     check_slf,
     needs=lambda flags: {"exits"} if flags["slf"] else set(),
-    plan=lambda flags, depth, plan: (
-        first_stage(sequential_layer_focus, "slf_epochs", flags, depth, plan) if flags["slf"] else plan
-    ),
+    plan=first_stage(sequential_layer_focus, "slf", "slf_epochs"),
 )
 GRADUAL_UNFREEZING = Method(
     TITLE,
@@ -289,9 +297,5 @@ GRADUAL_UNFREEZING = Method(
         help="train the heads first and unfreeze a layer every EPOCHS (.25), last to first; then all layers",
     ),
     check_unfreezing,
-    plan=lambda flags, depth, plan: (
-        first_stage(gradual_unfreezing, "gradual_unfreezing", flags, depth, plan)
-        if flags["gradual_unfreezing"]
-        else plan
-    ),
+    plan=first_stage(gradual_unfreezing, "gradual_unfreezing", "gradual_unfreezing"),
 )

@@ -114,7 +114,7 @@ class SmoothnessTerm(LossTerm):
 class NoiseTerm(SmoothnessTerm):
     """Base class of the terms that draw noise, from a generator of their own."""
 
-    def __init__(self, tasks, generator, weight):
+    def __init__(self, tasks, generator, weight=1.0):
         super().__init__(tasks, weight)
         self.generator = generator
 
@@ -315,9 +315,6 @@ class LNSR(NoiseTerm):
     Differs: in the paper the noise may enter at any layer, and squared norms are summed with a weight per layer. Here
         it enters below layer 1, so that every layer is covered, and all layers have the same weight.
     """
-
-    def __init__(self, tasks, generator, weight=1.0):
-        super().__init__(tasks, generator, weight)
 
     def states(self, model, batch, embeds, rng, stop):
         """Hidden states after the layers 1 .. stop, float32 or wider. Shapes: per layer one [b,s,d] per pass."""

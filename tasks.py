@@ -60,7 +60,7 @@ class Objective:
     make_head: Callable
     start: float = 0.0  # a new head's bias, so its first output
     head_dropout: bool = True  # a cosine has none: dropout would shrink it by 1 - p, in training only
-    fit_threshold: bool = False  # whether the decision threshold is fitted on training rows
+    fits_threshold: bool = False  # whether the decision threshold is fitted on training rows
     needs_two_vectors: bool = False  # whether the head compares two sentence vectors (siamese pairs)
 
 
@@ -87,9 +87,14 @@ class Task:
     epoch_rows: dict = field(default_factory=dict)
 
     @property
+    def default_loss(self):
+        """The name of the first objective."""
+        return next(iter(self.objectives))
+
+    @property
     def objective(self):
-        """The chosen objective."""
-        return next(iter(self.objectives.values()))
+        """The objective of the default loss; in a run's table it is the chosen one."""
+        return self.objectives[self.default_loss]
 
     @property
     def is_pair(self):
@@ -138,20 +143,33 @@ def matthews(values, labels):
     return float(matthews_corrcoef(labels, values))
 
 
-def pearson(values, labels):
-    """Pearson correlation; 0 where either side is constant and the correlation is not defined."""
-    from scipy.stats import pearsonr
-
+def correlation(function, values, labels):
+    """A correlation of scipy.stats; 0 where either side is constant and it is not defined."""
     x, y = np.asarray(values, np.float64), np.asarray(labels, np.float64)
     # comparing with `not ... >` also catches a NaN among the numbers
     if not (np.ptp(x) > 0 and np.ptp(y) > 0):
         return 0.0
-    return float(pearsonr(x, y).statistic)
+    return float(function(x, y).statistic)
+
+
+def pearson(values, labels):
+    """Pearson correlation; 0 where either side is constant."""
+    from scipy.stats import pearsonr
+
+    return correlation(pearsonr, values, labels)
+
+
+def spearman(values, labels):
+    """Spearman's rank correlation; 0 where either side is constant."""
+    from scipy.stats import spearmanr
+
+    return correlation(spearmanr, values, labels)
 
 
 ACCURACY = Metric("accuracy", accuracy)
 MATTHEWS = Metric("matthews", matthews, low=-1.0)
 PEARSON = Metric("pearson", pearson, low=-1.0)
+SPEARMAN = Metric("spearman", spearman, low=-1.0)
 
 
 # --- losses: logits [b,o], labels [b] -> [b], always in float32 or better -----------------------------------------
@@ -304,7 +322,7 @@ BERNOULLI = Objective(binary_cross_entropy, bernoulli_divergence, decode_bernoul
 FRACTION = Objective(squared_error, squared_difference, decode_fraction, linear_head(1), start=0.5)
 COSINE_SETTINGS = {"head_dropout": False, "needs_two_vectors": True}
 COSINE = Objective(
-    cosine_embedding, squared_difference, decode_cosine, cosine_head, fit_threshold=True, **COSINE_SETTINGS
+    cosine_embedding, squared_difference, decode_cosine, cosine_head, fits_threshold=True, **COSINE_SETTINGS
 )
 
 
@@ -424,10 +442,11 @@ def check_choice(flag, chosen, choices):
         raise InputError(f"{flag} {chosen}: unknown; choose from {', '.join(choices)}")
 
 
-def chosen_objective(flags, name):
-    """The objective that the flags choose for a task, by default the first of its row."""
-    objectives = TASKS[name].objectives
-    return objectives[flags.get(f"{name}_loss", next(iter(objectives)))]
+def headless_losses(flags):
+    """The chosen losses that compare two sentence vectors and so have no head: ["--sts_loss cosine"]."""
+    rows = [TASKS[name] for name in flags["tasks"]]
+    chosen = [(row, flags.get(f"{row.name}_loss", row.default_loss)) for row in rows]
+    return [f"--{row.name}_loss {loss}" for row, loss in chosen if row.objectives[loss].needs_two_vectors]
 
 
 def build_tasks(names=("sst", "para", "sts"), pairs=None, siamese_features="uvd", losses=None):
@@ -439,13 +458,12 @@ def build_tasks(names=("sst", "para", "sts"), pairs=None, siamese_features="uvd"
     """
     pairs, losses, tasks = pairs or {}, losses or {}, {}
     check_choice("--siamese_features", siamese_features, ("uvd", "uv"))
-    for name in names:
-        check_choice("--tasks", name, TASKS)
     for name in pairs:
         check_choice("--pairs", name, [task.name for task in TASKS.values() if task.is_pair])
     for name in names:
+        check_choice("--tasks", name, TASKS)
         row = TASKS[name]
-        loss = losses.get(name) or next(iter(row.objectives))
+        loss = losses.get(name) or row.default_loss
         check_choice(f"--{name}_loss", loss, row.objectives)
         objective = row.objectives[loss]
         encoding = pairs.get(name, "concat") if row.is_pair else "single"

@@ -152,19 +152,19 @@ def pack(first, second, cls_id, sep_id, limit=None):
 def pad(sequences, pad_id, width=None):
     """Make tensors of packed sequences; `width` is the number of columns, by default the longest sequence's length.
 
-    Shapes: b pairs (ids, segment ids) -> input_ids, mask, types, each [b,s] and int64. The mask is 1 for real tokens
-        and 0 for padding; the types are the segment ids, 0 for padding.
+    Shapes: b pairs (ids, segment ids) -> input_ids, mask, segment_ids, each [b,s] and int64. The mask is 1 for real
+        tokens and 0 for padding; segment_ids are 0 for padding.
     """
     lengths = np.array([len(ids) for ids, _ in sequences], dtype=np.int64)
     if width is None:
         width = lengths.max(initial=0)
     # [1,s] < [b,1] -> [b,s]: row i is True in its first lengths[i] columns
     real = np.arange(width)[None] < lengths[:, None]
-    input_ids, types = np.full(real.shape, pad_id, dtype=np.int64), np.zeros(real.shape, dtype=np.int64)
+    input_ids, segment_ids = np.full(real.shape, pad_id, dtype=np.int64), np.zeros(real.shape, dtype=np.int64)
     # a boolean index assigns row by row, so one flat sequence with the ids of all rows has the right order
     input_ids[real] = np.fromiter(chain.from_iterable(ids for ids, _ in sequences), np.int64, lengths.sum())
-    types[real] = np.fromiter(chain.from_iterable(segments for _, segments in sequences), np.int64, lengths.sum())
-    return torch.from_numpy(input_ids), torch.from_numpy(real.astype(np.int64)), torch.from_numpy(types)
+    segment_ids[real] = np.fromiter(chain.from_iterable(segments for _, segments in sequences), np.int64, lengths.sum())
+    return torch.from_numpy(input_ids), torch.from_numpy(real.astype(np.int64)), torch.from_numpy(segment_ids)
 
 
 # --- the tokenizer ------------------------------------------------------------------------------------------------
@@ -263,11 +263,11 @@ class BertTokenizer:
         seconds = [None] * len(texts) if pairs is None else map(self.encode, pairs)
         rows = [self.pack(self.encode(text), second, limit) for text, second in zip(texts, seconds, strict=True)]
         if padding:
-            input_ids, mask, types = pad(rows, self.pad_id)
+            input_ids, mask, segment_ids = pad(rows, self.pad_id)
         else:
-            input_ids, types = [ids for ids, _ in rows], [segments for _, segments in rows]
+            input_ids, segment_ids = [ids for ids, _ in rows], [segments for _, segments in rows]
             mask = [[1] * len(ids) for ids in input_ids]
-        return {"input_ids": input_ids, "attention_mask": mask, "token_type_ids": types}
+        return {"input_ids": input_ids, "attention_mask": mask, "token_type_ids": segment_ids}
 
     def decode(self, ids, skip_special_tokens=True):
         """Join ids into a text, with a space before every word but not before a full stop, comma, ? or !.

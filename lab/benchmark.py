@@ -306,7 +306,7 @@ def exit_results(setup, model, measured, predictions):
     """Compare the variants' gains in time and in layers, from their rows and {variant: Predictions of each task}."""
     layers, norms = {}, {}
     for x, of_tasks in predictions.items():
-        layers[x] = float(np.mean(np.concatenate([task.exits for task in of_tasks])))
+        layers[x] = float(np.mean(np.concatenate([task.layers for task in of_tasks])))
         norms[x] = summarise(model.tasks, {task.data.task.name: score(task)[0] for task in of_tasks}, []).norm
     gain = {x: model.depth / layers[x] for x in layers}
     for row in measured:

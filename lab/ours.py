@@ -26,7 +26,7 @@ from lab.timing import Stopwatch, synchronize, timed
 from lab.workloads import HEAD_DROPOUT, LEARNING_RATE, SEED, TRAIN_BATCH, read_train_and_dev
 from multitask_classifier import TaskLoss, load_run, make_model, set_trainable, train
 from optimizer import AdamW, clip_gradients
-from runs import Progress, Recorder, RunFolder, snapshot
+from runs import History, Recorder, RunFolder, snapshot
 from slf import Phase
 from tokenizer import BertTokenizer
 
@@ -92,7 +92,10 @@ def our_step(parts, batches, repeats, phase=None):
     """Make a variant that takes our training step on the same batches, in the four phases of the loop's train_step."""
     model, device = parts.model, parts.precision.device
     phase = phase or Phase("full", 1.0, ({model.depth: 1.0},))
-    terms, weights = [term for name, term in parts.terms.items() if name not in phase.without], phase.exit_weights[0]
+    terms, weights = (
+        [term for term in parts.terms.values() if not isinstance(term, phase.without)],
+        phase.exit_weights[0],
+    )
 
     def prepare():
         set_trainable(model, phase, parts.trainable)
@@ -141,7 +144,7 @@ def our_epoch(setup, folder, precision, more=""):
             train(parts, recorder)
         synchronize(setup.device)
         total = time.perf_counter() - started
-    progress = recorder.progress
+    progress = recorder.history
     phases = {**watch.phases(), "train": progress.train_seconds, "evaluate": progress.eval_seconds}
     phases["save"] = max(0.0, total - progress.train_seconds - progress.eval_seconds)
     return phases, progress.last_scores["norm"]
@@ -213,7 +216,7 @@ def saving_calls(parts, batch, folder):
     optimizer.step()
 
     def save_last(_):
-        run.save_last(snapshot(parts, optimizer, Progress()))
+        run.save_last(snapshot(parts, optimizer, History()))
 
     return {
         "ours": lambda _: run.save_best(parts.model),

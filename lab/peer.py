@@ -37,7 +37,7 @@ from files import write_whole
 from methods import positive_int
 from optimizer import parameter_groups
 from runs import RunFolder, describe_environment, hash_weights, memory_mib, sha256
-from samplers import epoch_rows, rows_per_epoch
+from samplers import phase_rows, rows_per_epoch
 from tasks import build_tasks
 from weights import find_weights
 
@@ -244,7 +244,7 @@ def plan_epochs(args, train):
     """The steps of every epoch over {task: PeerData}: lists of (task, rows)."""
     sizes, rng = {name: len(part.labels) for name, part in train.items()}, random.Random(args.seed)
     per_epoch = rows_per_epoch({name: part.task for name, part in train.items()}, sizes, "equal")
-    rows = [epoch_rows(per_epoch, sizes, epoch, 1.0, args.seed) for epoch in range(args.epochs)]
+    rows = [phase_rows(per_epoch, sizes, epoch, 1.0, args.seed) for epoch in range(args.epochs)]
     return [mixed_steps(train, of_tasks, args.batch_size, True, rng) for of_tasks in rows]
 
 

@@ -1,9 +1,7 @@
 """The tables of results/ in Markdown, made of the rows that experiments.py records."""
 
 from files import write_whole
-
-# columns for the tasks' scores, in this order
-TASKS = ("sst", "cfimdb", "para", "sts")
+from tasks import TASKS
 
 
 def markdown(head, lines):

@@ -18,7 +18,7 @@ from datasets import Batch, read_dataset
 from errors import InputError
 from lab.curves import plot_curves
 from lab.peer import MAX_LENGTH, PeerData, import_transformers
-from samplers import epoch_rows, generator, rows_per_epoch
+from samplers import generator, phase_rows, rows_per_epoch
 from tasks import build_tasks
 from tokenizer import BertTokenizer
 from weights import WEIGHTS_FOLDER, find_weights
@@ -176,7 +176,7 @@ def draw_rows(data, split, count):
     sizes = {name: len(dataset.usable) for name, dataset in data.items()}
     if split == "train":
         tasks = {name: dataset.task for name, dataset in data.items()}
-        rows = epoch_rows(rows_per_epoch(tasks, sizes, "equal"), sizes, 0, 1.0, SEED)
+        rows = phase_rows(rows_per_epoch(tasks, sizes, "equal"), sizes, 0, 1.0, SEED)
     else:
         rows = {name: generator(SEED, "dev", name).permutation(size) for name, size in sizes.items()}
     total = sum(map(len, rows.values()))
@@ -229,7 +229,7 @@ def real_batch(setup, b, s, tasks=("sst",)):
     for name in tasks:
         low, high = table[name].label_range
         labels = torch.from_numpy(generator(SEED, "labels").integers(int(low), int(high) + 1, b)).float()
-        batch = Batch(table[name], table[name].encoding, segments, labels, tuple(map(str, range(b))))
+        batch = Batch(table[name], segments, labels, tuple(map(str, range(b))))
         batches.append(batch.to(setup.device))
     return batches, lengths
 

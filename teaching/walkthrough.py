@@ -167,7 +167,7 @@ show("output of layer 1 [b,s,d]", output)
 
 # %%
 tasks = build_tasks(["sst"])
-model = MultitaskBERT(bert, tasks, pooling="mean", exits=True, init=torch.Generator().manual_seed(1)).eval()
+model = MultitaskBERT(bert, tasks, pooling="mean", with_exits=True, init=torch.Generator().manual_seed(1)).eval()
 data = read_dataset(tasks["sst"], SAMPLE / "ids-sst-dev.csv", tokenizer)
 with torch.no_grad():
     state = h

@@ -604,8 +604,8 @@ MUTANTS = [
         (
             "loop-best-untrained",
             "runs.py",
-            "is_best = phase.keep and scores.norm > progress.best",
-            "is_best = scores.norm > progress.best",
+            "is_best = phase.keep and scores.norm > history.best",
+            "is_best = scores.norm > history.best",
             "A model of SLF's first stage may become the best model.",
             "slf methods program",
         ),
@@ -720,8 +720,8 @@ MUTANTS = [
         (
             "evaluation-order",
             "evaluation.py",
-            "back[torch.from_numpy(order)] = torch.arange(len(rows))",
-            "back[torch.arange(len(rows))] = torch.from_numpy(order)",
+            "back = np.argsort(order)",
+            "back = order",
             "Predictions return in the wrong order: a permutation instead of its inverse.",
             "evaluation",
         ),
@@ -819,8 +819,8 @@ MUTANTS = [
         (
             "exit-lte-detach",
             "early_exit.py",
-            "decode(logits.detach(), threshold)",
-            "decode(logits, threshold)",
+            "decode(logits.detach(), decision_threshold)",
+            "decode(logits, decision_threshold)",
             "The target of LTE is not detached, so the heads learn to please it.",
             "early_exit",
         ),
@@ -1147,8 +1147,8 @@ MUTANTS = [
         (
             "runs-same-flags",
             "runs.py",
-            "for name in given - FREE_FLAGS:",
-            "for name in given & FREE_FLAGS:",
+            "for name in typed - FREE_FLAGS:",
+            "for name in typed & FREE_FLAGS:",
             "A run is resumed with other flags, and unimportant flags are refused.",
             "program:not_continued_as",
         ),
@@ -1163,7 +1163,7 @@ MUTANTS = [
         # --- flags.py ---
         (
             "flags-per-task",
-            "flags.py",
+            "methods.py",
             'sorted(entries or (), key=lambda entry: "=" in entry)',
             "(entries or ())",
             "A value for all tasks overrides a task's own value if it comes later.",

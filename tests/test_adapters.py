@@ -24,8 +24,8 @@ from adapters import (
     Kind,
     LoRA,
     ProjectedAttention,
-    build_adapters,
     count_parameters,
+    make_adapters,
     parameter_report,
     trained_with,
 )
@@ -43,7 +43,7 @@ def seeded(seed=0):
 
 def adapt(model, kinds, size=6, random=False, dtype=torch.float64):
     """Give a tiny model adapters; `random` fills all their parameters, so that none is the identity."""
-    adapters = build_adapters(model.bert.config, list(model.tasks), kinds, size, seeded())
+    adapters = make_adapters(model.bert.config, list(model.tasks), kinds, size, seeded())
     generator = seeded(1)
     if random:
         for parameter in adapters.parameters():
@@ -185,7 +185,7 @@ def test_bottleneck_starts_truncated_normal():
 def test_building_draws_from_the_given_generator_only():
     before = torch.get_rng_state()
     first, again, other = (
-        build_adapters(make_config(), ["sst"], ("pal", "houlsby"), None, seeded(s)).state_dict() for s in (5, 5, 6)
+        make_adapters(make_config(), ["sst"], ("pal", "houlsby"), None, seeded(s)).state_dict() for s in (5, 5, 6)
     )
     assert torch.equal(torch.get_rng_state(), before)
     assert all(torch.equal(first[name], again[name]) for name in first)
@@ -204,22 +204,22 @@ def test_building_draws_from_the_given_generator_only():
     ],
 )
 def test_parameters_per_task_of_bert_base(kind, expected):
-    adapters = build_adapters(BertConfig(), ["sst"], (kind,), None, seeded())
+    adapters = make_adapters(BertConfig(), ["sst"], (kind,), None, seeded())
     assert count_parameters(adapters) == {kind: {"sst": expected}}
     assert sum(parameter.numel() for parameter in adapters.parameters()) == expected
 
 
 def test_size_is_used_and_rounded_up_to_whole_heads():
     config = make_config(layers=2, hidden=16)  # two heads
-    assert count_parameters(build_adapters(config, ["sst"], ("before",), 5)) == {"before": {"sst": 2 * (160 + 21)}}
+    assert count_parameters(make_adapters(config, ["sst"], ("before",), 5)) == {"before": {"sst": 2 * (160 + 21)}}
     for size in (5, 6):
-        assert count_parameters(build_adapters(config, ["sst"], ("pal",), size)) == {
+        assert count_parameters(make_adapters(config, ["sst"], ("pal",), size)) == {
             "pal": {"sst": 2 * 16 * 6 + 2 * 3 * 36}
         }
 
 
 def test_report_adds_up_and_counts_every_parameter_once():
-    adapters = build_adapters(make_config(), ["sst", "para"], ("lhuc", "pal"), 6, seeded())
+    adapters = make_adapters(make_config(), ["sst", "para"], ("lhuc", "pal"), 6, seeded())
     lines = [line.split() for line in parameter_report(adapters)]
     assert lines[0] == ["adapter", "sst", "para", "all", "tasks"]
     assert lines[1] == ["pal", "516", "516", "1,032"]  # 2 * 16 * 6 + 3 layers of 3 * 36
@@ -240,7 +240,7 @@ def test_lora_by_hand():
 
 
 def test_lora_starts_normal_and_zero():
-    lora = build_adapters(BertConfig(num_hidden_layers=1), ["sst"], ("lora",), None, seeded()).layers[0]["sst"]
+    lora = make_adapters(BertConfig(num_hidden_layers=1), ["sst"], ("lora",), None, seeded()).layers[0]["sst"]
     assert [site for site in SITES if len(lora[site])] == ["query", "value"]
     module = lora["query"]["lora"]
     assert module.down.weight.shape == (LORA_RANK, 768) and module.up.weight.shape == (768, LORA_RANK)
@@ -253,14 +253,14 @@ def test_lora_starts_normal_and_zero():
 def test_lora_equals_merged_weights(encoding, attention):
     """A model whose query and value weights are W + (alpha / r) B A gives the same logits, for every encoding."""
     tasks = build_tasks(pairs={"para": encoding, "sts": encoding})
-    model = adapt(make_model(tasks, attention=attention, exits=True), ("lora",), random=True)
+    model = adapt(make_model(tasks, attention=attention, with_exits=True), ("lora",), random=True)
     for name in tasks:
-        merged = make_model(tasks, attention=attention, exits=True)
+        merged = make_model(tasks, attention=attention, with_exits=True)
         for i, layer in enumerate(merged.bert.bert_layers):
             merge(layer.self_attention, model.adapters.layers[i][name])
         batch, exits = make_batch(tasks[name]), (1, 2, 3)
         ours, expected = model(batch, exits=exits).logits, merged(batch, exits=exits).logits
-        plain = make_model(tasks, attention=attention, exits=True)(batch, exits=exits).logits
+        plain = make_model(tasks, attention=attention, with_exits=True)(batch, exits=exits).logits
         for i in exits:
             torch.testing.assert_close(ours[i], expected[i], rtol=1e-10, atol=1e-10)
             assert not torch.allclose(ours[i], plain[i])
@@ -290,7 +290,7 @@ def test_lora_has_the_gradients_of_merged_weights():
 @pytest.mark.parametrize("kinds", COMBINATIONS, ids=NAMES)
 def test_only_the_stated_parameters_move(kinds):
     """Two steps on all tasks: every adapter, head and exit moves, of BERT nothing or (Houlsby) the LayerNorms."""
-    model = adapt(make_model(layers=2, exits=True), kinds)
+    model = adapt(make_model(layers=2, with_exits=True), kinds)
     before = snapshot(model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(trained_with(name, kinds))
@@ -486,7 +486,7 @@ def test_compiled_layers_share_one_translation_and_compute_the_same(kinds):
     """
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    plain, compiled = make_model(exits=True), make_model(exits=True)
+    plain, compiled = make_model(with_exits=True), make_model(with_exits=True)
     for model in (plain, compiled):
         if kinds:
             adapt(model, kinds, random=True)

@@ -62,7 +62,7 @@ class MaskedMean(nn.Module):
 def make_exits(encoding="concat", dtype=torch.float64, adapters=False, layers=4, pooling="cls"):
     """A model in evaluation mode with exits, random LTEs and, where wanted, adapters; and its tasks."""
     tasks = build_tasks(pairs={"para": encoding, "sts": encoding})
-    model = make_model(tasks, layers=layers, dtype=dtype, exits=True, pooling=pooling)
+    model = make_model(tasks, layers=layers, dtype=dtype, with_exits=True, pooling=pooling)
     model.lte = nn.ModuleDict({name: LTE(head.in_features) for name, head in model.heads.items()})
     generator = torch.Generator().manual_seed(5)
     for heads in (model.heads, *(layer_exit.heads for layer_exit in model.exits), model.lte):
@@ -80,7 +80,7 @@ def row_of(batch, row):
         length = int(mask[row].sum())
         segments.append(tuple(x[row : row + 1, :length] for x in (ids, mask, types)))
     labels, ids = batch.labels[row : row + 1], batch.ids[row : row + 1]
-    return Batch(batch.task, batch.encoding, tuple(segments), labels, ids)
+    return Batch(batch.task, tuple(segments), labels, ids)
 
 
 def spreading_threshold(certainty):
@@ -177,7 +177,7 @@ def test_a_threshold_above_one_is_the_full_model_bit_by_bit(data, encoding, adap
             found, full = predict(model, dataset, batch_size=4, infer=infer), predict(model, dataset, batch_size=4)
             assert np.array_equal(found.outputs, full.outputs)
             assert np.array_equal(found.values, full.values)
-            assert found.exits.tolist() == [model.depth] * len(dataset)
+            assert found.layers.tolist() == [model.depth] * len(dataset)
 
 
 @torch.no_grad()
@@ -208,7 +208,7 @@ def test_leftovers_of_four_batches_fill_one(data):
         layer.register_forward_pre_hook(lambda *_, i=i: passes.__setitem__(i, passes[i] + 1))
     found = predict(model, dataset, batch_size=4, infer=FirstOfEachPartStays(POLICIES, dict.fromkeys(tasks, 1)))
     assert passes == [4, 1, 1, 1]
-    assert sorted(found.exits) == [1] * 12 + [4] * 4
+    assert sorted(found.layers) == [1] * 12 + [4] * 4
 
 
 def test_the_kind_of_certainty_follows_the_task():
@@ -225,7 +225,7 @@ def test_the_kind_of_certainty_follows_the_task():
 def test_confidence_respects_the_decision_threshold():
     """A probability of .6 is a sure no where yes begins at .99: 1 - .5 * .6 / .99 = .697."""
     model, tasks = make_exits()
-    model.set_threshold("para", 0.99)
+    model.set_decision_threshold("para", 0.99)
     batch = make_batch(tasks["para"], b=3)
     for heads in (model.heads, *(layer_exit.heads for layer_exit in model.exits)):
         nn.init.zeros_(heads["para"].weight)
@@ -249,7 +249,7 @@ def test_scores_of_one_full_pass_equal_those_of_real_exit_runs(data):
         scores, predictions = evaluate(model, {name: dataset}, batch_size=8, infer=infer)
         assert found.score == pytest.approx(scores.tasks[name][tasks[name].metric.name], abs=1e-6)
         assert found.mean_layers == scores.tasks[name]["mean_layers"]
-        counts = np.bincount(predictions[name].exits, minlength=5)[1:]
+        counts = np.bincount(predictions[name].layers, minlength=5)[1:]
         np.testing.assert_array_equal(found.shares * ROWS, counts)
         assert len(counts.nonzero()[0]) >= 3
         full = predict(model, dataset, batch_size=8)
@@ -641,7 +641,8 @@ def test_flags_decide_what_early_exit_needs_and_adds_to_the_loss():
         (("--early_exit", "--exit_loss", "distilled"), {"exits"}, ["lte", "distill"]),
     ]:
         flags, given = parse(*arguments)
-        assert refused(flags, given) == []
+        alone = "exit_loss" in given and not flags["early_exit"]
+        assert refused(flags, given) == ["--exit_loss belongs to --early_exit"] * alone
         assert EXITS.needs(flags) == needs
         built = EXITS.terms(flags, None, None)
         assert list(built) == terms and all(isinstance(term, LossTerm) for term in built.values())

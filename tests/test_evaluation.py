@@ -19,15 +19,14 @@ from evaluation import (
     AtExit,
     Predictions,
     evaluate,
-    fit_threshold,
+    fit_decision_threshold,
     predict,
     score,
-    spearman,
     summarise,
     write_predictions,
 )
 from files import write_whole
-from tasks import MATTHEWS, Metric, accuracy, build_tasks, pearson
+from tasks import MATTHEWS, Metric, accuracy, build_tasks, pearson, spearman
 from tokenizer import BertTokenizer
 
 TASKS = build_tasks(("sst", "cfimdb", "para", "sts"))
@@ -49,7 +48,7 @@ class FakeModel(nn.Module):
         self.depth = 2
         self.modes, self.widths = [], []
 
-    def threshold(self, name):
+    def decision_threshold(self, name):
         return 0.5
 
     def forward(self, batch, exits=None):
@@ -267,7 +266,7 @@ def test_predictions_come_in_the_order_of_the_rows_at_every_batch_size(make_data
         np.testing.assert_allclose(found.outputs, one_by_one.numpy(), rtol=1e-5, atol=1e-5)
         np.testing.assert_allclose(found.values, one_by_one.squeeze(-1).clamp(0, 5).numpy(), rtol=1e-5, atol=1e-5)
         assert found.rows.tolist() == list(range(23))
-        assert found.exits.tolist() == [2] * 23
+        assert found.layers.tolist() == [2] * 23
         assert found.probabilities is None
 
 
@@ -310,18 +309,18 @@ def test_an_inference_policy_replaces_full_depth(make_data):
 
     found = predict(FakeModel(5), data, batch_size=4, infer=LeaveByLength())
     assert LeaveByLength.seen == [(12, 4), (3, 4)]
-    assert found.exits.tolist() == data.lengths().tolist()
+    assert found.layers.tolist() == data.lengths().tolist()
     assert found.outputs[:, 0].tolist() == data.lengths().tolist()
 
 
 def test_a_fixed_exit_runs_the_layers_below_it_only(make_data):
-    data, model = make_data("sst", random_rows("x", rng(1).integers(0, 5, 6))), make_model(TASKS, exits=True)
+    data, model = make_data("sst", random_rows("x", rng(1).integers(0, 5, 6))), make_model(TASKS, with_exits=True)
     found = predict(model, data, infer=AtExit(2))
     batch = data.batch(found.rows)
     expected = model.eval()(batch, exits=(2,)).logits[2].detach()
     np.testing.assert_allclose(found.outputs, expected.numpy(), rtol=1e-5, atol=1e-6)
-    assert found.exits.tolist() == [2] * 6
-    assert predict(model, data).exits.tolist() == [model.depth] * 6
+    assert found.layers.tolist() == [2] * 6
+    assert predict(model, data).layers.tolist() == [model.depth] * 6
 
 
 class CountCasts(TorchDispatchMode):
@@ -351,7 +350,7 @@ def test_the_threshold_of_the_model_decides(make_data):
     model = FakeModel(1)
     probability = 1 / (1 + np.exp(-predict(model, data).outputs[:, 0].astype(np.float64)))
     threshold = float(np.median(probability))
-    model.threshold = lambda name: {"para": threshold}[name]
+    model.decision_threshold = lambda name: {"para": threshold}[name]
     assert predict(model, data).values.tolist() == (probability > threshold).tolist()
     assert predict(model, data).values.sum() == 15
 
@@ -398,13 +397,13 @@ def first_outputs(outputs, n):
     ],
 )
 def test_thresholds_by_hand(scores, labels, threshold):
-    assert fit_threshold(np.array(scores), np.array(labels)) == pytest.approx(threshold)
+    assert fit_decision_threshold(np.array(scores), np.array(labels)) == pytest.approx(threshold)
 
 
 @pytest.mark.parametrize("label", [0, 1])
 def test_threshold_of_one_class_predicts_that_class(label):
     scores = np.array([0.2, 0.5, 0.97])
-    threshold = fit_threshold(scores, np.full(3, label))
+    threshold = fit_decision_threshold(scores, np.full(3, label))
     assert 0 < threshold < 1
     assert ((scores > threshold) == label).all()
 
@@ -414,7 +413,7 @@ def test_no_threshold_is_better_than_the_fitted_one(seed):
     scores = rng(seed).uniform(0.02, 0.98, 40).round(seed % 3 + 1)
     labels = (scores + rng(seed + 100).normal(0, 0.3, 40) > 0.6).astype(float)
     best = max(accuracy(scores > t, labels) for t in np.linspace(0.0005, 0.9995, 1999))
-    assert accuracy(scores > fit_threshold(scores, labels), labels) == pytest.approx(best)
+    assert accuracy(scores > fit_decision_threshold(scores, labels), labels) == pytest.approx(best)
 
 
 def test_a_fitted_threshold_decodes_as_it_was_fitted():
@@ -425,7 +424,7 @@ def test_a_fitted_threshold_decodes_as_it_was_fitted():
     logits = torch.from_numpy(cosines.astype(np.float32)).unsqueeze(-1)
     plain, probabilities = task.objective.decode(logits, 0.5)
     assert plain.min() == 1
-    fitted = task.objective.decode(logits, fit_threshold(probabilities[:, 1].numpy(), labels))[0].numpy()
+    fitted = task.objective.decode(logits, fit_decision_threshold(probabilities[:, 1].numpy(), labels))[0].numpy()
     assert accuracy(fitted, labels) > 0.95
     assert accuracy(fitted, labels) == pytest.approx(max(accuracy(cosines > t, labels) for t in np.sort(cosines)))
 

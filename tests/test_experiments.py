@@ -6,8 +6,9 @@ from types import SimpleNamespace
 import pytest
 
 from errors import InputError
-from flags import check_flags, parse_flags, per_task
+from flags import check_flags, parse_flags
 from lab import experiments, peer, tables
+from methods import per_task
 from runs import FORMAT
 from tasks import build_tasks
 

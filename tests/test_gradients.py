@@ -275,7 +275,7 @@ def tiny_losses(model):
 @pytest.mark.parametrize("method", METHODS)
 def test_on_a_model_equals_the_algorithm_on_vectors(method):
     """Shared: what all three tasks have a gradient for. Heads keep their own; exits have none and do not move."""
-    model = make_model(layers=2, exits=True)
+    model = make_model(layers=2, with_exits=True)
     names, parameters = zip(*model.named_parameters(), strict=True)
     own = {}
     for task, loss in tiny_losses(model):

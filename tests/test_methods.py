@@ -86,7 +86,7 @@ def first_steps(program, start, text, steps=2):
     parts = make_parts(program, start, text)
     model, phase, terms = parts.model, next(parts.plan()), []
     optimizer = parts.make_optimizer(set_trainable(model, phase, parts.trainable))
-    counted = {name: term for name, term in parts.terms.items() if name not in phase.without}
+    counted = {name: term for name, term in parts.terms.items() if not isinstance(term, phase.without)}
     for step in phase_steps(parts, phase, 0.0)[:steps]:
         results, _ = train_step(parts, optimizer, counted, step, 1.0)
         terms += [value for _, _, values in results for value in values.values()]

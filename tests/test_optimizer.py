@@ -499,7 +499,7 @@ def test_parameter_groups_split_by_rate_too():
 
 def test_layer_rates_by_hand():
     """Three layers and decay 1/2: embeddings 1/8, then 1/4, 1/2, 1, and 1 for pooler, heads, exits and LTE."""
-    model = make_model(exits=True)
+    model = make_model(with_exits=True)
     rates = layer_rates(model, 0.5)
     assert rates.keys() == dict(model.named_parameters()).keys()
     embeddings = ("word_embedding", "pos_embedding", "tk_type_embedding", "embed_layer_norm")

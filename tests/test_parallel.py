@@ -109,7 +109,7 @@ class Equal(Program):
 def evaluate_everything(program):
     """Scores, predictions and exits of a seeded model, by everything that evaluates, as plain data."""
     tasks = build_tasks(pairs={"para": "concat", "sts": "siamese"})
-    model = make_model(tasks, exits=True, dtype=torch.float32)
+    model = make_model(tasks, with_exits=True, dtype=torch.float32)
     dev = {
         name: read_dataset(task, program.data / task.file("dev"), program.tokenizer, 40) for name, task in tasks.items()
     }

@@ -822,7 +822,7 @@ def test_an_evaluation_without_memory_names_its_own_batch(program, whole, monkey
         inference = ExitInference({"sst": "confidence"}, {"sst": 0.5})
         task = build_tasks()["sst"]
         data = read_dataset(task, program.data / task.file("dev"), program.tokenizer, 40)
-        assert "--eval_batch_size 16" in refusal(predict, make_model(exits=True), data, None, 32, inference)
+        assert "--eval_batch_size 16" in refusal(predict, make_model(with_exits=True), data, None, 32, inference)
     # the epoch is not lost, and the advice is taken
     assert state_of(program.path("memory-dev"))["progress"]["total_steps"] == STEPS_PER_EPOCH
     assert_same_end(program.train("memory-dev", "--keep_last", "--resume", "--eval_batch_size", 16), whole)

@@ -18,7 +18,7 @@ def rows_per_epoch(sizes, split):
 
 
 def epoch_rows(sizes, split, start, fraction, seed):
-    return samplers.epoch_rows(rows_per_epoch(sizes, split), sizes, start, fraction, seed)
+    return samplers.phase_rows(rows_per_epoch(sizes, split), sizes, start, fraction, seed)
 
 
 # --- rows ---------------------------------------------------------------------------------------------------

@@ -6,7 +6,8 @@ import pytest
 import torch
 from tiny import make_batch, make_config, make_model
 
-from adapters import build_adapters
+from adapters import make_adapters
+from early_exit import LTELoss
 from optimizer import AdamW
 from slf import (
     LastLayers,
@@ -96,15 +97,15 @@ def test_smart_alternating_trains_everything_in_one_stretch_and_only_the_loss_ch
     phases = drive(smart_alternating(4, DEPTH, JOINT), [0.5, 0.4, 0.3, 0.2])
     assert [phase.exit_weights for phase in phases] == [(LAST,), (LAST,), (JOINT,), (LAST,)]
     assert [phase.part for phase in phases] == [(0, 4), (1, 4), (2, 4), (3, 4)]
-    assert all(phase.trainable == everything and phase.fraction == 1 and phase.keep for phase in phases)
+    assert all(phase.modules == everything and phase.fraction == 1 and phase.keep for phase in phases)
 
 
 # --- two stages -----------------------------------------------------------------------------------------------------
 
 
 def test_two_stage_by_hand():
-    first = dict(fraction=1.0, exit_weights=(LAST,), trainable=everything)
-    second = dict(fraction=1.0, exit_weights=({1: 1.0, 2: 1.0},), trainable=earlier_exits)
+    first = dict(fraction=1.0, exit_weights=(LAST,), modules=everything)
+    second = dict(fraction=1.0, exit_weights=({1: 1.0, 2: 1.0},), modules=earlier_exits)
     assert drive(two_stage(2, DEPTH, JOINT), SCORES) == [
         Phase("stage 1 (last exit), epoch 1/2", part=(0, 2), keep=False, **first),
         Phase("stage 1 (last exit), epoch 2/2", part=(1, 2), keep=False, **first),
@@ -126,7 +127,7 @@ def test_slf_with_a_quarter_epoch_per_layer():
             LayerAndExit(1),
             (0, 1),
             False,
-            ("lte",),
+            (LTELoss,),
         ),
         Phase(
             "stage 1, layer 2/2",
@@ -135,7 +136,7 @@ def test_slf_with_a_quarter_epoch_per_layer():
             LayerAndExit(2),
             (0, 1),
             False,
-            ("lte",),
+            (LTELoss,),
         ),
         Phase("epoch 1/1", 1.0, (JOINT,), everything, (0, 1), True),
     ]
@@ -149,7 +150,7 @@ def test_slf_splits_a_layers_budget_into_equal_phases_of_at_most_one_epoch(layer
         mine = [phase for phase in phases if phase.label.startswith(f"stage 1, layer {i}/2")]
         assert [phase.fraction for phase in mine] == fractions
         assert [phase.part for phase in mine] == [(k, len(fractions)) for k in range(len(fractions))]
-        assert len({phase.trainable for phase in mine}) == 1 and not any(phase.keep for phase in mine)
+        assert len({phase.modules for phase in mine}) == 1 and not any(phase.keep for phase in mine)
 
 
 def test_slf_sends_stage_2_only_its_own_scores():
@@ -186,7 +187,7 @@ def belongs(name, i, depth):
 
 def chosen(model, phase):
     """Names of the parameters that a phase trains."""
-    modules = phase.trainable(model)
+    modules = phase.modules(model)
     wanted = {id(parameter) for module in modules for parameter in module.parameters()}
     return {name for name, parameter in model.named_parameters() if id(parameter) in wanted}
 
@@ -194,8 +195,8 @@ def chosen(model, phase):
 def deep_model(depth, kinds=("before", "pal")):
     """A model with exits and adapters."""
     tasks = build_tasks()
-    adapters = build_adapters(make_config(depth), list(tasks), list(kinds), generator=torch.Generator().manual_seed(0))
-    return make_model(tasks, layers=depth, exits=True, adapters=adapters)
+    adapters = make_adapters(make_config(depth), list(tasks), list(kinds), generator=torch.Generator().manual_seed(0))
+    return make_model(tasks, layers=depth, with_exits=True, adapters=adapters)
 
 
 def test_stage_1_chooses_layer_exit_and_adapters_by_real_parameter_names():
@@ -209,7 +210,7 @@ def test_stage_1_chooses_layer_exit_and_adapters_by_real_parameter_names():
 
 
 def test_two_stage_freezes_all_but_the_other_exits():
-    model = make_model(layers=DEPTH, exits=True)
+    model = make_model(layers=DEPTH, with_exits=True)
     names = {name for name, _ in model.named_parameters()}
     first, *_, last = drive(two_stage(1, DEPTH, JOINT), SCORES)
     assert chosen(model, first) == names
@@ -227,7 +228,7 @@ def test_gradual_unfreezing_adds_a_layer_a_phase_from_the_last_to_the_first():
         layers = range(DEPTH - k, DEPTH)
         assert parts == {f"bert_layers{i}" for i in layers} | {f"layers{i}" for i in layers}
         assert (phase.fraction, phase.exit_weights, phase.keep) == (0.5, (LAST,), False)
-        assert phase.trainable == LastLayers(k)
+        assert phase.modules == LastLayers(k)
     assert phases[DEPTH:] == [Phase("epoch 1/1", 1.0, (LAST,))]
 
 
@@ -261,7 +262,7 @@ def watch_layers(model):
 
 
 def test_stage_1_changes_only_layer_i_and_exit_i_and_runs_nothing_above():
-    model = make_model(layers=DEPTH, exits=True, dropout=0.1)
+    model = make_model(layers=DEPTH, with_exits=True, dropout=0.1)
     names = {name for name, _ in model.named_parameters()}
     seen = watch_layers(model)
     phases = drive(sequential_layer_focus(DEPTH, 1, plain(1, (JOINT,))), [0.0] * 9)
@@ -276,7 +277,7 @@ def test_stage_1_changes_only_layer_i_and_exit_i_and_runs_nothing_above():
 
 
 def test_stage_a_leaves_the_exits_before_the_last_and_stage_b_moves_them():
-    model = make_model(layers=DEPTH, exits=True)
+    model = make_model(layers=DEPTH, with_exits=True)
     first, _, alternated = drive(smart_alternating(3, DEPTH, JOINT), [0.5, 0.4, 0.3])
     names = {name for name, _ in model.named_parameters()}
     before_last = {name for name in names if name.startswith("exits.")}

@@ -146,7 +146,7 @@ def test_the_perturbation_moves_every_segment_within_the_radius_and_never_paddin
     term = AdversarialSmart([name], seeded(), radius=0.02)
     starts, finals = term.perturb(model, batch, outputs, weights)
     masks = model.masks(batch)
-    assert len(finals) == (2 if batch.encoding == "siamese" else 1)
+    assert len(finals) == (2 if batch.task.encoding == "siamese" else 1)
     radius = 0.02 * real_tokens_rms(outputs, masks)
     for start, final, mask in zip(starts, finals, masks, strict=True):
         real = mask.bool()
@@ -200,7 +200,7 @@ def reference_divergence(name, p, q):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_term_is_the_weighted_divergence_summed_over_the_exits(name):
-    model = make_model(exits=True)
+    model = make_model(with_exits=True)
     batch = make_batch(model.tasks[name])
     outputs, weights = forward(model, batch, {1: 0.5, 3: 2.0})
     value = AdversarialSmart([name], seeded(), weight=4.0)(model, batch, outputs, weights)
@@ -213,7 +213,7 @@ def test_the_term_is_the_weighted_divergence_summed_over_the_exits(name):
 
 
 def test_layers_above_the_deepest_exit_do_not_run():
-    model = make_model(exits=True)
+    model = make_model(with_exits=True)
     batch = make_batch(model.tasks["sst"])
     outputs, weights = forward(model, batch, {1: 1.0})
     seen = count_layers(model)
@@ -240,7 +240,7 @@ def test_the_ascent_leaves_no_gradient_in_the_parameters():
 @pytest.mark.parametrize("encoding", ENCODINGS)
 def test_both_passes_have_the_same_dropout_masks(encoding, monkeypatch):
     """With other masks the term would stay as large as two training passes differ, however small the noise is."""
-    model = make_model(tables(encoding), dropout=0.3, exits=True).train()
+    model = make_model(tables(encoding), dropout=0.3, with_exits=True).train()
     batch = make_batch(model.tasks["para"])
     outputs, weights = forward(model, batch, {2: 1.0, 3: 1.0})
     other, _ = forward(model, batch, weights)
@@ -393,7 +393,7 @@ def test_the_gaussian_form_is_algorithm_1(name):
     batch = make_batch(model.tasks[name], b=3, s=5)
     ids = torch.randint(5, 50, (3, 5), generator=seeded(2))
     segment = (ids, torch.ones_like(ids), torch.zeros_like(ids))
-    batch = type(batch)(batch.task, batch.encoding, (segment,), batch.labels, batch.ids)
+    batch = type(batch)(batch.task, (segment,), batch.labels, batch.ids)
     outputs, weights = forward(model, batch)
     value = GaussianSmart([name], seeded(), weight=10.0, sigma=0.05)(model, batch, outputs, weights)
 
@@ -471,7 +471,7 @@ def test_the_teacher_is_the_average_by_hand_after_three_steps():
 
 
 def test_the_teacher_has_no_gradient_and_no_dropout():
-    model = make_model(dropout=0.4, exits=True).train()
+    model = make_model(dropout=0.4, with_exits=True).train()
     batch = make_batch(model.tasks["sst"])
     term = Bregman(model, 1.0, NAMES)
     outputs, weights = forward(model, batch, {2: 1.0, 3: 0.5})
@@ -480,7 +480,7 @@ def test_the_teacher_has_no_gradient_and_no_dropout():
     assert all(module.training for module in model.modules())
     assert torch.equal(torch.get_rng_state(), before)
     assert all(not logits.requires_grad for logits in answers.values())
-    still = make_model(dropout=0.4, exits=True).eval()(batch, exits=(2, 3)).logits
+    still = make_model(dropout=0.4, with_exits=True).eval()(batch, exits=(2, 3)).logits
     assert all(torch.equal(answers[i], still[i]) for i in weights)
     value = term(model, batch, outputs, weights)
     expected = sum(w * reference_divergence("sst", outputs.logits[i], still[i]) for i, w in weights.items())
@@ -520,7 +520,7 @@ def test_the_teacher_is_saved_and_resumed():
 
 
 def test_parameters_that_a_phase_does_not_train_stay_equal_in_the_teacher():
-    model = make_model(exits=True, dtype=torch.float32)
+    model = make_model(with_exits=True, dtype=torch.float32)
     prefix = "bert.bert_layers.0."
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.startswith(prefix))
@@ -543,7 +543,7 @@ def test_parameters_that_a_phase_does_not_train_stay_equal_in_the_teacher():
 @pytest.mark.parametrize("encoding", ENCODINGS)
 @pytest.mark.parametrize("name", NAMES)
 def test_lnsr_equals_the_sum_written_out(name, encoding):
-    model = make_model(tables(encoding), exits=True)
+    model = make_model(tables(encoding), with_exits=True)
     batch = make_batch(model.tasks[name])
     outputs, weights = forward(model, batch, {1: 1.0, 2: 1.0})
     value = LNSR(NAMES, seeded(), weight=2.0)(model, batch, outputs, weights)

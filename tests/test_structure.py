@@ -35,7 +35,7 @@ DATA = ("tokenizer", "tasks", "datasets", "samplers")
 # {module: what it may import of ours}; each names only modules above it, so that there is no circle
 MAY_IMPORT = {
     "errors": (),
-    "methods": (),
+    "methods": ("errors",),
     "parallel": ("errors",),
     "files": ("errors", "parallel"),
     "weights": ("errors", "files"),
@@ -56,7 +56,9 @@ MAY_IMPORT = {
     "runs": ("base_bert", "errors", "files", "parallel"),
     "report": ("early_exit", "evaluation", "files", "parallel", "runs", "tasks"),
     "flags": (*METHODS, "errors", "methods", "runs", "datasets", "samplers", "tasks"),
-    "building": (*METHODS, *DATA, "base_bert", "errors", "flags", "methods", "parallel", "runs", "weights"),
+    "building": (
+        *(*METHODS, *DATA, "base_bert", "errors", "evaluation", "flags", "methods", "parallel", "runs", "weights"),
+    ),
     "multitask_classifier": (
         *(*METHODS, *DATA, "base_bert", "bert", "building", "errors", "evaluation", "flags", "methods", "parallel"),
         *("report", "runs"),

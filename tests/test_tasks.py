@@ -277,7 +277,7 @@ def test_the_table_of_the_course():
     assert [t.metric.name for t in tasks.values()] == ["accuracy", "accuracy", "accuracy", "pearson"]
     assert [t.is_regression for t in tasks.values()] == [False, False, False, True]
     assert [t.encoding for t in tasks.values()] == ["single", "single", "concat", "concat"]
-    assert [t.objective.fit_threshold for t in tasks.values()] == [False] * 4
+    assert [t.objective.fits_threshold for t in tasks.values()] == [False] * 4
     for task in tasks.values():
         assert len(task.label_names) in (0, task.label_range[1] + 1)
         assert task.objective.make_head(12)(torch.zeros(3, 12)).shape == (3, outputs_of(task))
@@ -295,7 +295,7 @@ def test_pair_encodings_and_siamese_features_are_per_task():
     # a cosine has two halves whatever the flag says
     tasks = build_tasks(pairs=SIAMESE, losses={"para": "cosine"}, siamese_features="uvd")
     assert (tasks["para"].siamese_features, tasks["sts"].siamese_features) == ("uv", "uvd")
-    assert tasks["para"].objective.fit_threshold
+    assert tasks["para"].objective.fits_threshold
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,7 @@ def make_batch(task, b=4, s=9, seed=0):
     low, high = task.label_range
     labels = rng.uniform(low, high, b) if task.is_regression else rng.integers(low, high + 1, b)
     ids = tuple(f"id{i}" for i in range(b))
-    return Batch(task, task.encoding, tuple(segments), torch.tensor(labels, dtype=torch.float32), ids)
+    return Batch(task, tuple(segments), torch.tensor(labels, dtype=torch.float32), ids)
 
 
 def write_data(folder):
