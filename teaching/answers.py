@@ -1,6 +1,6 @@
-"""Answers to the exercises of walkthrough.py and to the questions of the handout. The starter leaves this file out.
+"""Answers to the exercises of walkthrough.py. answers.md answers the questions of the handout. No starter has the two.
 
-An exercise's answer is a function that computes it, with the reason in its docstring. tests/test_reading.py checks each
+An answer is a function that computes it, with the reason in its docstring. tests/test_reading.py checks each
 answer against an independent computation.
 """
 
@@ -8,8 +8,6 @@ import math
 from collections import Counter
 
 import numpy as np
-
-# --- the exercises of walkthrough.py --------------------------------------------------------------------------------
 
 
 def exercise_1(word, vocab):

@@ -1,7 +1,9 @@
 """Make a Jupyter notebook of a .py file in percent format: each `# %%` line starts a cell."""
 
 import json
+from pathlib import Path
 
+from errors import InputError
 from files import write_whole
 
 
@@ -33,6 +35,13 @@ def to_notebook(source):
     return {"cells": made, "metadata": kernel, "nbformat": 4, "nbformat_minor": 5}
 
 
-def write_notebook(source, path):
-    """Write the notebook of a percent-format text to a file."""
+def write_notebook(path):
+    """Write the notebook of walkthrough.py to a file.
+
+    Raises: InputError in a starter copy, which has no walk-through, since it shows answers.
+    """
+    walkthrough = Path(__file__).with_name("walkthrough.py")
+    if not walkthrough.exists():
+        raise InputError(f"{walkthrough} is not part of a starter copy: run this command in the complete project")
+    source = walkthrough.read_text(encoding="utf-8")
     write_whole(path, json.dumps(to_notebook(source), indent=1) + "\n")

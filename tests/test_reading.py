@@ -40,7 +40,7 @@ def test_the_walkthrough_runs_and_draws_its_picture(tmp_path, monkeypatch, capsy
 
 def test_the_notebook_holds_the_cells_of_the_walkthrough(tmp_path):
     source = WALKTHROUGH.read_text()
-    notebook.write_notebook(source, tmp_path / "walkthrough.ipynb")
+    notebook.write_notebook(tmp_path / "walkthrough.ipynb")
     made = json.loads((tmp_path / "walkthrough.ipynb").read_text())
     assert (made["nbformat"], made["nbformat_minor"]) == (4, 5)
     assert len(made["cells"]) == source.count("# %%\n") + source.count("# %% [markdown]\n")
