@@ -353,19 +353,19 @@ PARTS = {
     "evaluation": Part(
         "Thresholds and constant predictions",
         45,
-        blanks=("evaluation.fit_threshold", "evaluation.score_regression"),
+        blanks=("evaluation.fit_decision_threshold", "evaluation.score_regression"),
         checks=(
             Check(
                 "threshold",
                 1,
                 "the threshold that separates two classes",
-                "fit_threshold: the threshold with the best accuracy, in the middle between two neighbouring scores",
+                "fit_decision_threshold: the threshold with the best accuracy, in the middle between two neighbouring scores",
             ),
             Check(
                 "ties",
                 1,
                 "equal scores, one class, and scores near 0 and 1",
-                "fit_threshold: no threshold separates two equal scores; candidates lie below the lowest and above "
+                "fit_decision_threshold: no threshold separates two equal scores; candidates lie below the lowest and above "
                 "the "
                 "highest score too; the result stays within [THRESHOLD_ROOM, 1 - THRESHOLD_ROOM]",
             ),

@@ -230,14 +230,14 @@ BUGS = {
         "evaluation",
     ),
     "constant predictions correlate": ("evaluation.py", "np.full_like(values, values.mean())", "values", "evaluation"),
-    "correlations swapped": (
+    "Spearman in place of Pearson": (
         "evaluation.py",
-        '{"pearson": pearson(values, labels), "spearman": spearman(values, labels)}',
-        '{"pearson": spearman(values, labels), "spearman": pearson(values, labels)}',
+        "metrics = measure((PEARSON, SPEARMAN, task.metric), values, labels)",
+        'metrics = measure((PEARSON, SPEARMAN, task.metric), values, labels)\n    metrics["pearson"] = metrics["spearman"]',
         "evaluation",
     ),
     # --- early exit ---
-    "target with a gradient": ("early_exit.py", "decode(logits.detach(), threshold)", "decode(logits, threshold)", "early_exit"),
+    "target with a gradient": ("early_exit.py", "decode(logits.detach(), decision_threshold)", "decode(logits, decision_threshold)", "early_exit"),
     "target without a scale": ("early_exit.py", " / ((high - low) / 2)", "", "early_exit"),
     "LTE trains no layer": (
         "early_exit.py",
@@ -263,11 +263,11 @@ BUGS = {
     # --- slf ---
     "all exits in the first stage": ("slf.py", "({i: 1.0},),  # L_i alone", "({j: 1.0 for j in range(1, i + 1)},),  #", "slf"),
     "a model of the first stage is kept": ("slf.py", "keep=False,  # the layers above", "keep=True,  # the layers above", "slf"),
-    "no second stage": ("slf.py", '                without=("lte",),\n            )\n    yield from second', '                without=("lte",),\n            )', "slf"),
+    "no second stage": ("slf.py", '                without=(LTELoss,),\n            )\n    yield from second', '                without=(LTELoss,),\n            )', "slf"),
     "scores do not reach the second plan": (
         "slf.py",
-        '                without=("lte",),\n            )\n    yield from second',
-        '                without=("lte",),\n            )\n    for phase in second:\n        yield phase',
+        '                without=(LTELoss,),\n            )\n    yield from second',
+        '                without=(LTELoss,),\n            )\n    for phase in second:\n        yield phase',
         "slf",
     ),
     "an equal score counts as better": ("slf.py", "if not score > previous:", "if not score >= previous:", "slf"),

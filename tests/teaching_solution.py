@@ -64,7 +64,7 @@ import math as m
 
 def stage_one(i, depth, layer_epochs):
     count = m.ceil(layer_epochs)
-    return [Phase(f"{i}", layer_epochs / count, ({i: 1.0},), LayerAndExit(i), (k, count), False, ("lte",)) for k in range(count)]
+    return [Phase(f"{i}", layer_epochs / count, ({i: 1.0},), LayerAndExit(i), (k, count), False, (LTELoss,)) for k in range(count)]
 """,
 }
 
@@ -237,12 +237,12 @@ return total
 """,
     "multitask_classifier.train_step": """
 results = []
-for name, batches, exits in step:
+for name, batches, exit_weights in step:
     examples = 0
     for rows in batches:
         examples += len(rows)
     for rows in batches:
-        values = one_loss(parts, name, rows, exits, terms)
+        values = one_loss(parts, name, rows, exit_weights, terms)
         loss = torch.stack(list(values.values())).sum() * parts.settings.task_weights[name] / examples
         parts.gradients.add(name, parts.precision.scaler.scale(loss))
         results.append((name, rows, {key: value.sum().detach() for key, value in values.items()}))
@@ -257,7 +257,7 @@ parts.precision.scaler.update()
 optimizer.zero_grad()
 return results, parts.gradients.cosines
 """,
-    "evaluation.fit_threshold": """
+    "evaluation.fit_decision_threshold": """
 s, y = np.asarray(scores, dtype=np.float64), np.asarray(labels)
 values = np.unique(s)
 cuts = [values[0] - 1e-3, *[(a + b) / 2 for a, b in zip(values[:-1], values[1:])], values[-1] + 1e-3]
@@ -270,12 +270,14 @@ mean, sd = float(np.mean(values)), float(np.std(values))
 if flat:
     warnings = [f"{task.name} is constant"]
     values = values * 0 + 1.0
-metrics = {"pearson": pearson(values, labels), "spearman": 0.0 if flat else spearman(values, labels)}
+from scipy.stats import rankdata
+metrics = {"pearson": PEARSON.function(values, labels)}
+metrics["spearman"] = 0.0 if flat else PEARSON.function(rankdata(values), rankdata(labels))
 return {**metrics, "mean_prediction": mean, "sd_prediction": 0.0 if flat else sd}, warnings
 """,
     "early_exit.certainty_target": """
 with torch.no_grad():
-    guess = task.objective.decode(logits, threshold)[0]
+    guess = task.objective.decode(logits, decision_threshold)[0]
     if not task.is_regression:
         return torch.eq(guess, labels).type_as(guess)
     return 1 - torch.tanh(2 * (guess - labels).abs() / (task.labels[1] - task.labels[0]))
@@ -285,7 +287,7 @@ name = batch.task.name
 errors = []
 for i, w in exit_weights.items():
     u = model.lte[name].certainty(outputs.states[i])
-    errors.append(w * (u - certainty_target(batch.task, outputs.logits[i], batch.labels, model.threshold(name))).square())
+    errors.append(w * (u - certainty_target(batch.task, outputs.logits[i], batch.labels, model.decision_threshold(name))).square())
 return torch.stack(errors).sum(0)
 """,
     "early_exit.first_exit": """

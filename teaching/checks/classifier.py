@@ -29,7 +29,7 @@ def logits(draw):
 
 def exits(draw):
     """Ask for several exits, pass embeddings, and pass cached features."""
-    model = draw.model(layers=2 + draw.size, exits=True)
+    model = draw.model(layers=2 + draw.size, with_exits=True)
     task = model.tasks[draw.choice(("sst", "para", "sts"))]
     batch, depth = draw.batch(task), model.depth
     first = model(batch, exits=(1,))
@@ -99,7 +99,7 @@ class NoScaler:
 
 def draw_parts(draw, clip):
     """Return the parts of a run that a step needs, and an optimiser."""
-    model = draw.model(layers=2, exits=True)
+    model = draw.model(layers=2, with_exits=True)
     rows = {name: Rows(draw.batch(task, b=6)) for name, task in model.tasks.items()}
     parts = SimpleNamespace(
         model=model,

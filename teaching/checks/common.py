@@ -102,7 +102,7 @@ class Draw:
             segments.append((ids, mask, types + k * (task.encoding == "embed_concat")))
         low, high = task.label_range
         labels = self.uniform(low, high, b) if task.is_regression else self.numbers(low, high, b)
-        return Batch(task, task.encoding, tuple(segments), labels.double(), tuple(f"id{i}" for i in range(b)))
+        return Batch(task, tuple(segments), labels.double(), tuple(f"id{i}" for i in range(b)))
 
 
 class Scale(torch.nn.Module):

@@ -26,7 +26,7 @@ def target(draw):
 
 def draw_model(draw):
     """Return a model with exits, in evaluation mode."""
-    return draw.model(layers=2 + draw.size, exits=True)
+    return draw.model(layers=2 + draw.size, with_exits=True)
 
 
 def loss(draw):

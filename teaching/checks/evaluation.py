@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from evaluation import fit_threshold, score_regression
+from evaluation import fit_decision_threshold, score_regression
 from tasks import TASKS
 
 
@@ -13,9 +13,9 @@ def threshold(draw):
     for _ in range(1 + 5 * draw.size):
         labels = np.array([0, 1, *(draw.number(0, 1) for _ in range(n - 2))])
         scores = np.array([draw.uniform(0.3, 0.5) + 0.15 * label for label in labels]).round(3)
-        results.append(fit_threshold(scores, labels))
+        results.append(fit_decision_threshold(scores, labels))
     draw.show(scores=scores, labels=labels)
-    return {"fit_threshold": results}
+    return {"fit_decision_threshold": results}
 
 
 def ties(draw):
@@ -26,7 +26,11 @@ def ties(draw):
         n = draw.number(2, 6)
         cases.append(([draw.number(1, 4) / 5 for _ in range(n)], [draw.number(0, 1) for _ in range(n)]))
     draw.show(scores=str(cases[0][0]), labels=str(cases[0][1]))
-    return {"fit_threshold": [fit_threshold(np.array(scores), np.array(labels)) for scores, labels in cases]}
+    return {
+        "fit_decision_threshold": [
+            fit_decision_threshold(np.array(scores), np.array(labels)) for scores, labels in cases
+        ]
+    }
 
 
 def metrics(values, labels):

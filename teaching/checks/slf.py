@@ -7,13 +7,12 @@ from slf import plain, sequential_layer_focus, smart_alternating
 
 def describe(phase, model):
     """Return everything of a phase but its label, as text."""
-    modules = phase.trainable(model)
-    chosen = {id(parameter) for module in modules for parameter in module.parameters()}
+    chosen = {id(parameter) for module in phase.modules(model) for parameter in module.parameters()}
     names = [name for name, parameter in model.named_parameters() if id(parameter) in chosen]
     # the parameters by the modules that contain them
     trained = sorted({".".join(name.split(".")[:3]) for name in names})
     weights = [{i: round(float(w), 6) for i, w in entry.items()} for entry in phase.exit_weights]
-    part, without = tuple(phase.part), sorted(phase.without)
+    part, without = tuple(phase.part), sorted(term.__name__ for term in phase.without)
     return (
         f"{phase.fraction:.6f} epochs, exit weights {weights}, part {part}, keep {phase.keep}, without {without}\n"
         f"    trains {' '.join(trained)}"
@@ -34,7 +33,7 @@ def follow(plan, scores, model):
 
 def draw_model(draw):
     """Return a model with exits."""
-    return draw.model(layers=2 + draw.size, exits=True)
+    return draw.model(layers=2 + draw.size, with_exits=True)
 
 
 def layers(draw):

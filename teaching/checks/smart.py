@@ -9,7 +9,7 @@ TASKS = ("sst", "para", "sts")
 
 def draw_case(draw):
     """Return a model, a batch, the outputs of the loop's pass and exit weights. Size 2 has dropout."""
-    model = draw.model(layers=2, exits=True)
+    model = draw.model(layers=2, with_exits=True)
     task = model.tasks[TASKS[draw.size]]
     if draw.size == 2:
         model.train()
