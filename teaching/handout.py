@@ -47,7 +47,9 @@ def describe_function(name):
     """Return a function's name, parameters and docstring as Python text."""
     function = find_function(name)
     function = getattr(function, "__func__", function)  # of a static method
-    text = f'"""{inspect.cleandoc(function.__doc__)}"""' if function.__doc__ else "..."
+    docstring = inspect.cleandoc(function.__doc__ or "")
+    end = "\n" if "\n" in docstring else ""
+    text = f'"""{docstring}{end}"""' if docstring else "..."
     body = "".join(f"    {line}\n" if line else "\n" for line in text.splitlines())
     return f"# {name}\ndef {function.__name__}{inspect.signature(function)}:\n{body}"
 
