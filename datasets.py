@@ -436,7 +436,7 @@ class SkeletonRows(list):
 
     def collate_fn(self, rows):
         """Pad rows to a batch, a dict. Shapes: token_ids and attention_mask [b,s], of a pair with _1 and _2."""
-        # texts and ids are strings, labels are numbers
+        # texts and ids are strings, labels are numbers: (text, label, id) has a number before the id
         columns, labelled = list(zip(*rows, strict=True)), not isinstance(rows[0][-2], str)
         batch = {"sents": list(columns[0]), "sent_ids": list(columns[-1])}
         texts = columns[: -2 if labelled else -1]
@@ -450,19 +450,21 @@ SentenceClassificationDataset = SentenceClassificationTestDataset = SkeletonRows
 SentencePairDataset = SentencePairTestDataset = SkeletonRows
 
 
+def read_rows(name, path, split):
+    """Read a task's file as rows of the skeleton."""
+    data = read_dataset(TASKS[name], path, BertTokenizer.from_pretrained("auto"), labelled=split != "test")
+    if split == "test":
+        return [(*data.text(i), data.identifier(i)) for i in range(len(data))]
+    number = float if data.task.is_regression else int
+    return [(*data.text(i), number(data.labels[i]), data.identifier(i)) for i in data.usable]
+
+
 def load_multitask_data(sentiment_filename, paraphrase_filename, similarity_filename, split="train"):
     """Read the files of a split: (SST rows, {SST label: label}, Quora rows, STS rows); the rows are tuples.
 
     Source: the course's datasets.py.
     Differs: texts stay as they are in the file, which changes no token of an uncased tokenizer.
     """
-    tables, labelled = [], split != "test"
-    paths = {"sst": sentiment_filename, "para": paraphrase_filename, "sts": similarity_filename}
-    for name, path in paths.items():
-        data = read_dataset(TASKS[name], path, BertTokenizer.from_pretrained("auto"), labelled=labelled)
-        labels = data.labels.tolist() if data.task.is_regression else np.nan_to_num(data.labels).astype(int).tolist()
-        # no row of a test file is usable, since none has a label
-        rows = data.usable if labelled else range(len(data))
-        tables.append([(*data.text(i), *[labels[i]] * labelled, data.identifier(i)) for i in rows])
-    sst, para, sts = tables
-    return sst, {row[1]: row[1] for row in sst} if labelled else {}, para, sts
+    sst = read_rows("sst", sentiment_filename, split)
+    labels = {row[1]: row[1] for row in sst} if split != "test" else {}
+    return sst, labels, read_rows("para", paraphrase_filename, split), read_rows("sts", similarity_filename, split)

@@ -16,13 +16,14 @@ import csv
 import io
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from datasets import SkeletonRows, load_multitask_data
+from datasets import SkeletonRows, read_rows
 from early_exit import AllExits, every_exit
 from errors import smaller, spare_memory
 from files import write_whole
@@ -296,10 +297,9 @@ def eval_rows(name, loader, model, device):
 
 def model_eval_sst(dataloader, model, device):
     """Return SST's accuracy, macro F1, predictions, labels, texts and ids. Source: the course's evaluation.py."""
-    from sklearn.metrics import f1_score
-
     score, values, ids, labels, texts = eval_rows("sst", dataloader, model, device)
-    return score, float(f1_score(labels, values, average="macro")), values, labels, texts, ids
+    metrics, _ = score_classes(TASKS["sst"], np.array(values), np.array(labels))
+    return score, metrics["macro_f1"], values, labels, texts, ids
 
 
 def model_eval_multitask(sentiment_dataloader, paraphrase_dataloader, sts_dataloader, model, device):
@@ -321,13 +321,10 @@ def test_model_multitask(args, model, device):
 
     Source: the course's evaluation.py.
     """
-    for split in ("dev", "test"):
-        files = [getattr(args, f"{name}_{split}") for name in ("sst", "para", "sts")]
-        sst, _, para, sts = load_multitask_data(*files, split)
-        for name, rows in {"sst": sst, "para": para, "sts": sts}.items():
-            rows = SkeletonRows(rows, args, name == "sts")
-            loader = torch.utils.data.DataLoader(rows, args.batch_size, collate_fn=rows.collate_fn)
-            score, values, ids, *_ = eval_rows(name, loader, model, device)
-            if split == "dev":
-                print(f"dev {name} {TASKS[name].metric.name}: {score:.3f}")
-            write_whole(getattr(args, f"{name}_{split}_out"), prediction_text(TASKS[name], ids, values))
+    for name, split in product(("sst", "para", "sts"), ("dev", "test")):
+        rows = SkeletonRows(read_rows(name, getattr(args, f"{name}_{split}"), split), args, name == "sts")
+        loader = torch.utils.data.DataLoader(rows, args.batch_size, collate_fn=rows.collate_fn)
+        score, values, ids, *_ = eval_rows(name, loader, model, device)
+        if split == "dev":
+            print(f"dev {name} {TASKS[name].metric.name}: {score:.3f}")
+        write_whole(getattr(args, f"{name}_{split}_out"), prediction_text(TASKS[name], ids, values))

@@ -902,9 +902,9 @@ MUTANTS = [
         (
             "slf-budget",
             "slf.py",
-            "layer_epochs / parts,",
-            "layer_epochs,",
-            "A layer's budget counts for each part instead of for all parts.",
+            "layer_epochs,\n            ({i: 1.0},)",
+            "layer_epochs / depth,\n            ({i: 1.0},)",
+            "A layer's budget counts for all layers instead of for each.",
             "slf",
         ),
         # --- smart.py ---

@@ -203,7 +203,8 @@ def test_a_script_of_the_skeleton_trains_and_evaluates(known, capsys):
     args = SimpleNamespace(batch_size=4, **paths, **{name: f"predictions/{name}.csv" for name in names})
     capsys.readouterr()
     evaluation.test_model_multitask(args, model, device)
-    assert f"dev para accuracy: {para:.3f}" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"dev para accuracy: {para:.3f}" in printed and f"dev sts pearson: {r:.3f}" in printed
     lines = Path(args.para_dev_out).read_text().splitlines()
     assert lines[0] == "id \t Predicted_Is_Paraphrase "
     assert lines[1:] == [f"{i} , {value:.1f} " for i, value in zip(para_ids, para_values, strict=True)]
