@@ -1,6 +1,7 @@
 """The command line of the course: python -m teaching starter | grade | handout | notebook | expected."""
 
 from errors import Parser, run_script
+from methods import positive_int, seed
 
 from .grade import PUBLIC_SEED, SECONDS, grade
 from .handout import write_handout
@@ -22,8 +23,8 @@ def make_parser():
     grading = commands.add_parser("grade", help="print the points of a copy, and what to look at")
     grading.add_argument("submission", help="the folder with the student's .py files")
     grading.add_argument("part", nargs="*", choices=[[], *PARTS], help=f"of {', '.join(PARTS)}; default: all")
-    grading.add_argument("--seed", type=int, default=PUBLIC_SEED, help="draws other models, vocabularies and shapes")
-    grading.add_argument("--time", type=int, default=SECONDS, help="seconds for each part")
+    grading.add_argument("--seed", type=seed, default=PUBLIC_SEED, help="draws other models, vocabularies and shapes")
+    grading.add_argument("--time", type=positive_int, default=SECONDS, help="seconds for each part")
     grading.add_argument("--results", help="also write Gradescope's results.json to this file")
     handout = commands.add_parser("handout", help="write a page for each part, and a cover page")
     handout.add_argument("out", help="the new folder")

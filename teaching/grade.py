@@ -22,6 +22,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -69,10 +70,15 @@ def without_network():
     return command if works else []
 
 
-def receive(channel, size):
-    """Read exactly `size` bytes from a socket; None if it was closed before."""
+def receive(channel, size, deadline=None):
+    """Read exactly `size` bytes from a socket; None if it was closed before.
+
+    Raises: TimeoutError after the deadline, a time of time.monotonic().
+    """
     data = bytearray()
     while len(data) < size:
+        if deadline is not None:
+            channel.settimeout(max(1e-3, deadline - time.monotonic()))
         piece = channel.recv(min(size - len(data), 1 << 20))
         if not piece:
             return None
@@ -145,14 +151,13 @@ class Runner:
 
     def collect(self, channel, count, seconds):
         """Receive the frames of a part until its time is over. Returns them, and a sentence if something is wrong."""
-        frames = []
-        channel.settimeout(seconds)
+        frames, deadline = [], time.monotonic() + seconds
         try:
             for _ in range(count):
-                head = receive(channel, LENGTH.size)
+                head = receive(channel, LENGTH.size, deadline)
                 if head is None or (size := LENGTH.unpack(head)[0]) > LARGEST_FRAME:
                     break
-                frames.append(safetensors.torch.load(receive(channel, size) or b""))
+                frames.append(safetensors.torch.load(receive(channel, size, deadline) or b""))
         except TimeoutError:
             return frames, f"took longer than {seconds} seconds"
         except (safetensors.SafetensorError, OSError) as error:
@@ -220,7 +225,7 @@ def signatures():
 
 
 def write_expected(path, parts):
-    """Write what a starter copy needs of the reference: its results for the public seed, the signatures of the blanks."""
+    """Write what a starter copy needs of the reference: its results for the public seed, and its signatures."""
     tensors = {
         f"{part}/{check}/{size}/{name}": tensor
         for part in PARTS

@@ -359,13 +359,15 @@ PARTS = {
                 "threshold",
                 1,
                 "the threshold that separates two classes",
-                "fit_decision_threshold: the threshold with the best accuracy, in the middle between two neighbouring scores",
+                "fit_decision_threshold: the threshold with the best accuracy, in the middle between two "
+                "neighbouring scores",
             ),
             Check(
                 "ties",
                 1,
                 "equal scores, one class, and scores near 0 and 1",
-                "fit_decision_threshold: no threshold separates two equal scores; candidates lie below the lowest and above "
+                "fit_decision_threshold: no threshold separates two equal scores; candidates lie below the "
+                "lowest and above "
                 "the "
                 "highest score too; the result stays within [THRESHOLD_ROOM, 1 - THRESHOLD_ROOM]",
             ),

@@ -35,7 +35,12 @@ BUGS = {
     # --- attention ---
     "scores not divided by sqrt(k)": ("bert.py", " / math.sqrt(query.shape[-1])", "", "attention"),
     "scores divided by k": ("bert.py", "math.sqrt(query.shape[-1])", "query.shape[-1]", "attention"),
-    "softmax over the queries": ("bert.py", "torch.softmax(scores, dim=-1)", "torch.softmax(scores, dim=-2)", "attention"),
+    "softmax over the queries": (
+        "bert.py",
+        "torch.softmax(scores, dim=-1)",
+        "torch.softmax(scores, dim=-2)",
+        "attention",
+    ),
     "padding is not masked": ("bert.py", "scores + extended_mask.to(scores.dtype)", "scores", "attention"),
     "mask in float32": ("bert.py", "extended_mask.to(scores.dtype)", "extended_mask.float()", "attention"),
     "dropout before the softmax": (
@@ -126,7 +131,12 @@ BUGS = {
         "embeddings",
     ),
     "pooler of the last token": ("bert.py", "self.pooler_dense(h[:, 0])", "self.pooler_dense(h[:, -1])", "embeddings"),
-    "mask the other way round": ("bert.py", "(1.0 - mask[:, None, None, :].to(dtype))", "mask[:, None, None, :].to(dtype)", "embeddings"),
+    "mask the other way round": (
+        "bert.py",
+        "(1.0 - mask[:, None, None, :].to(dtype))",
+        "mask[:, None, None, :].to(dtype)",
+        "embeddings",
+    ),
     # --- optimizer ---
     "RMSprop without the square": (
         "optimizer.py",
@@ -135,7 +145,12 @@ BUGS = {
         "optimizer",
     ),
     "no bias correction": ("optimizer.py", 'if group["correct_bias"]:', "if False:", "optimizer"),
-    "bias correction of m only": ("optimizer.py", "math.sqrt(1 - beta2**t) / (1 - beta1**t)", "1 / (1 - beta1**t)", "optimizer"),
+    "bias correction of m only": (
+        "optimizer.py",
+        "math.sqrt(1 - beta2**t) / (1 - beta1**t)",
+        "1 / (1 - beta1**t)",
+        "optimizer",
+    ),
     "weight decay in the gradient": (
         "optimizer.py",
         "        m.lerp_(g, 1 - beta1)",
@@ -159,10 +174,16 @@ BUGS = {
     "each gradient clipped by itself": (
         "optimizer.py",
         "    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)",
-        "    factor = [(max_norm / (g.norm() + 1e-6)).clamp(max=1.0) for g in gradients]\n    torch._foreach_mul_(gradients, factor)\n    return norm\n    factor = 1",
+        "    factor = [(max_norm / (g.norm() + 1e-6)).clamp(max=1.0) for g in gradients]\n    "
+        "torch._foreach_mul_(gradients, factor)\n    return norm\n    factor = 1",
         "optimizer",
     ),
-    "small gradients scaled up": ("optimizer.py", "(max_norm / (norm + 1e-6)).clamp(max=1.0)", "max_norm / (norm + 1e-6)", "optimizer"),
+    "small gradients scaled up": (
+        "optimizer.py",
+        "(max_norm / (norm + 1e-6)).clamp(max=1.0)",
+        "max_norm / (norm + 1e-6)",
+        "optimizer",
+    ),
     # --- losses ---
     "segment 0 for the second text": (
         "tokenizer.py",
@@ -170,7 +191,12 @@ BUGS = {
         "[0] * (len(first) + 1) + [1] * (len(second) + 2)",
         "losses",
     ),
-    "no room for the last [SEP]": ("tokenizer.py", "truncate_pair(first, second, limit - 3)", "truncate_pair(first, second, limit - 2)", "losses"),
+    "no room for the last [SEP]": (
+        "tokenizer.py",
+        "truncate_pair(first, second, limit - 3)",
+        "truncate_pair(first, second, limit - 2)",
+        "losses",
+    ),
     "mean of the cross entropy": ("tasks.py", 'labels.long(), reduction="none")', "labels.long())", "losses"),
     "KL in one direction": (
         "tasks.py",
@@ -185,7 +211,12 @@ BUGS = {
         "losses",
     ),
     "cosine loss with a margin": ("tasks.py", "cosine.clamp(min=0))", "(cosine - 0.1).clamp(min=0))", "losses"),
-    "decision not stretched": ("tasks.py", "p = positive if threshold == 0.5 else", "p = positive if threshold else", "losses"),
+    "decision not stretched": (
+        "tasks.py",
+        "p = positive if threshold == 0.5 else",
+        "p = positive if threshold else",
+        "losses",
+    ),
     # --- classifier ---
     "loss divided by the batch": (
         "multitask_classifier.py",
@@ -193,10 +224,25 @@ BUGS = {
         "sum(values.values()).mean()",
         "classifier",
     ),
-    "loss not divided": ("multitask_classifier.py", "sum(values.values()).sum() / examples", "sum(values.values()).sum()", "classifier"),
+    "loss not divided": (
+        "multitask_classifier.py",
+        "sum(values.values()).sum() / examples",
+        "sum(values.values()).sum()",
+        "classifier",
+    ),
     "no task weights": ("multitask_classifier.py", "parts.settings.task_weights[name] * sum(", "sum(", "classifier"),
-    "exit weights ignored": ("multitask_classifier.py", "sum(w * batch.task.objective.loss(", "sum(batch.task.objective.loss(", "classifier"),
-    "embeds ignored": ("multitask_classifier.py", "embeds = embeds or self.embed(batch)", "embeds = self.embed(batch)", "classifier"),
+    "exit weights ignored": (
+        "multitask_classifier.py",
+        "sum(w * batch.task.objective.loss(",
+        "sum(batch.task.objective.loss(",
+        "classifier",
+    ),
+    "embeds ignored": (
+        "multitask_classifier.py",
+        "embeds = embeds or self.embed(batch)",
+        "embeds = self.embed(batch)",
+        "classifier",
+    ),
     "all layers for any exit": (
         "multitask_classifier.py",
         "self.encode(embeds, masks, task, 0, max(exits))",
@@ -211,11 +257,17 @@ BUGS = {
     ),
     "clipping after the step": (
         "multitask_classifier.py",
-        "    precision.scaler.step(optimizer)\n    precision.scaler.update()\n    optimizer.zero_grad(set_to_none=True)",
+        "    precision.scaler.step(optimizer)\n    precision.scaler.update()\n    "
+        "optimizer.zero_grad(set_to_none=True)",
         "    optimizer.zero_grad(set_to_none=True)\n    precision.scaler.step(optimizer)",
         "classifier",
     ),
-    "gradients not cleared": ("multitask_classifier.py", "    optimizer.zero_grad(set_to_none=True)\n    return", "    return", "classifier"),
+    "gradients not cleared": (
+        "multitask_classifier.py",
+        "    optimizer.zero_grad(set_to_none=True)\n    return",
+        "    return",
+        "classifier",
+    ),
     # --- evaluation ---
     "threshold at a score": (
         "evaluation.py",
@@ -233,11 +285,17 @@ BUGS = {
     "Spearman in place of Pearson": (
         "evaluation.py",
         "metrics = measure((PEARSON, SPEARMAN, task.metric), values, labels)",
-        'metrics = measure((PEARSON, SPEARMAN, task.metric), values, labels)\n    metrics["pearson"] = metrics["spearman"]',
+        'metrics = measure((PEARSON, SPEARMAN, task.metric), values, labels)\n    metrics["pearson"] = '
+        'metrics["spearman"]',
         "evaluation",
     ),
     # --- early exit ---
-    "target with a gradient": ("early_exit.py", "decode(logits.detach(), decision_threshold)", "decode(logits, decision_threshold)", "early_exit"),
+    "target with a gradient": (
+        "early_exit.py",
+        "decode(logits.detach(), decision_threshold)",
+        "decode(logits, decision_threshold)",
+        "early_exit",
+    ),
     "target without a scale": ("early_exit.py", " / ((high - low) / 2)", "", "early_exit"),
     "LTE trains no layer": (
         "early_exit.py",
@@ -261,13 +319,28 @@ BUGS = {
         "early_exit",
     ),
     # --- slf ---
-    "all exits in the first stage": ("slf.py", "({i: 1.0},),  # L_i alone", "({j: 1.0 for j in range(1, i + 1)},),  #", "slf"),
-    "a model of the first stage is kept": ("slf.py", "keep=False,  # the layers above", "keep=True,  # the layers above", "slf"),
-    "no second stage": ("slf.py", '                without=(LTELoss,),\n            )\n    yield from second', '                without=(LTELoss,),\n            )', "slf"),
+    "all exits in the first stage": (
+        "slf.py",
+        "({i: 1.0},),  # L_i alone",
+        "({j: 1.0 for j in range(1, i + 1)},),  #",
+        "slf",
+    ),
+    "a model of the first stage is kept": (
+        "slf.py",
+        "keep=False,  # the layers above",
+        "keep=True,  # the layers above",
+        "slf",
+    ),
+    "no second stage": (
+        "slf.py",
+        "                without=(LTELoss,),\n            )\n    yield from second",
+        "                without=(LTELoss,),\n            )",
+        "slf",
+    ),
     "scores do not reach the second plan": (
         "slf.py",
-        '                without=(LTELoss,),\n            )\n    yield from second',
-        '                without=(LTELoss,),\n            )\n    for phase in second:\n        yield phase',
+        "                without=(LTELoss,),\n            )\n    yield from second",
+        "                without=(LTELoss,),\n            )\n    for phase in second:\n        yield phase",
         "slf",
     ),
     "an equal score counts as better": ("slf.py", "if not score > previous:", "if not score >= previous:", "slf"),
@@ -291,20 +364,41 @@ BUGS = {
     "no gradient through the clean pass": (
         "smart.py",
         "divergence = weighted_divergence(batch.task, noisy, outputs.logits, exit_weights)\n        self.check",
-        "divergence = weighted_divergence(batch.task, noisy, {i: x.detach() for i, x in outputs.logits.items()}, exit_weights)\n        self.check",
+        "divergence = weighted_divergence(batch.task, noisy, {i: x.detach() for i, x in "
+        "outputs.logits.items()}, exit_weights)\n        self.check",
         "smart",
     ),
-    "Gaussian penalty without its weight": ("smart.py", "return self.weight * sum(changes)", "return sum(changes)", "smart"),
+    "Gaussian penalty without its weight": (
+        "smart.py",
+        "return self.weight * sum(changes)",
+        "return sum(changes)",
+        "smart",
+    ),
     "sum of the outputs": (
         "smart.py",
         "(widen(clean[i]) - widen(noisy[i])).square().mean(-1)",
         "(widen(clean[i]) - widen(noisy[i])).square().sum(-1)",
         "smart",
     ),
-    "the teacher moves too fast": ("smart.py", "lerp_(parameters[name], 1 - decay)", "lerp_(parameters[name], decay)", "smart"),
-    "one decay for all of the training": ("smart.py", "EARLY_DECAY if progress < EARLY else LATE_DECAY", "LATE_DECAY", "smart"),
+    "the teacher moves too fast": (
+        "smart.py",
+        "lerp_(parameters[name], 1 - decay)",
+        "lerp_(parameters[name], decay)",
+        "smart",
+    ),
+    "one decay for all of the training": (
+        "smart.py",
+        "EARLY_DECAY if progress < EARLY else LATE_DECAY",
+        "LATE_DECAY",
+        "smart",
+    ),
     # --- gradients ---
-    "projection without conflict": ("gradients.py", "-dot / other_norm**2 if dot < 0 else 0.0", "-dot / other_norm**2", "gradients"),
+    "projection without conflict": (
+        "gradients.py",
+        "-dot / other_norm**2 if dot < 0 else 0.0",
+        "-dot / other_norm**2",
+        "gradients",
+    ),
     "divided by the norm, not its square": ("gradients.py", "-dot / other_norm**2", "-dot / other_norm", "gradients"),
     "visits in a fixed order": (
         "gradients.py",
@@ -312,11 +406,17 @@ BUGS = {
         "range(len(others))",
         "gradients",
     ),
-    "projection onto changed gradients": ("gradients.py", "dot = row @ gram[:, j]", "dot = row @ gram @ combination[j]", "gradients"),
+    "projection onto changed gradients": (
+        "gradients.py",
+        "dot = row @ gram[:, j]",
+        "dot = row @ gram @ combination[j]",
+        "gradients",
+    ),
     "target moves only at a turn": (
         "gradients.py",
         "        self.targets[pair] = (1 - BETA) * target + BETA * cosine\n        if not cosine < target < 1:",
-        "        if not cosine < target < 1:\n            return 0.0\n        self.targets[pair] = (1 - BETA) * target + BETA * cosine\n        if False:",
+        "        if not cosine < target < 1:\n            return 0.0\n        self.targets[pair] = (1 - "
+        "BETA) * target + BETA * cosine\n        if False:",
         "gradients",
     ),
     "GradVac with swapped sines": (
@@ -326,10 +426,20 @@ BUGS = {
         "gradients",
     ),
     # --- adapters ---
-    "bottleneck without residual": ("adapters.py", "return output + self.decoder(middle)", "return self.decoder(middle)", "adapters"),
+    "bottleneck without residual": (
+        "adapters.py",
+        "return output + self.decoder(middle)",
+        "return self.decoder(middle)",
+        "adapters",
+    ),
     "LHUC without the factor 2": ("adapters.py", "(2 * torch.sigmoid(self.r))", "torch.sigmoid(self.r)", "adapters"),
     "LoRA of the output": ("adapters.py", "self.up(self.down(context.h))", "self.up(self.down(output))", "adapters"),
     "LoRA without alpha / r": ("adapters.py", "self.scale * self.up(", "self.up(", "adapters"),
     "PAL without a mask": ("adapters.py", "scores + extended_mask.to(scores.dtype)", "scores", "adapters"),
-    "PAL of the output": ("adapters.py", "context.shared.encoder(context.h)", "context.shared.encoder(output)", "adapters"),
-}  # fmt: skip
+    "PAL of the output": (
+        "adapters.py",
+        "context.shared.encoder(context.h)",
+        "context.shared.encoder(output)",
+        "adapters",
+    ),
+}

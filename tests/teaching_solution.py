@@ -64,7 +64,8 @@ import math as m
 
 def stage_one(i, depth, layer_epochs):
     count = m.ceil(layer_epochs)
-    return [Phase(f"{i}", layer_epochs / count, ({i: 1.0},), LayerAndExit(i), (k, count), False, (LTELoss,)) for k in range(count)]
+    size = layer_epochs / count
+    return [Phase(f"{i}", size, ({i: 1.0},), LayerAndExit(i), (k, count), False, (LTELoss,)) for k in range(count)]
 """,
 }
 
@@ -200,7 +201,8 @@ return labels * (1 - cosine) + (1 - labels) * cosine.relu()
 """,
     "tasks.softmax_divergence": """
 p, q = F.log_softmax(lift(p_logits), -1), F.log_softmax(lift(q_logits), -1)
-return F.kl_div(q, p, reduction="none", log_target=True).sum(-1) + F.kl_div(p, q, reduction="none", log_target=True).sum(-1)
+both = [F.kl_div(x, y, reduction="none", log_target=True) for x, y in ((p, q), (q, p))]
+return sum(both).sum(-1)
 """,
     "tasks.bernoulli_divergence": """
 p, q = last(p_logits), last(q_logits)
@@ -217,7 +219,8 @@ return p.gt(0.5).type_as(p), torch.stack((1 - p, p), 1)
     "multitask_classifier.MultitaskBERT.forward": """
 exits = (self.depth,) if exits is None else tuple(exits)
 if batch.features is not None:
-    return Outputs((), {self.depth: batch.features}, {self.depth: self.head(self.depth, batch.features, batch.task)}, None)
+    output = self.head(self.depth, batch.features, batch.task)
+    return Outputs((), {self.depth: batch.features}, {self.depth: output}, None)
 if embeds is None:
     embeds = self.embed(batch)
 rng = dropout_state(embeds[0].device)[0]()
@@ -287,7 +290,8 @@ name = batch.task.name
 errors = []
 for i, w in exit_weights.items():
     u = model.lte[name].certainty(outputs.states[i])
-    errors.append(w * (u - certainty_target(batch.task, outputs.logits[i], batch.labels, model.decision_threshold(name))).square())
+    t = certainty_target(batch.task, outputs.logits[i], batch.labels, model.decision_threshold(name))
+    errors.append(w * (u - t).square())
 return torch.stack(errors).sum(0)
 """,
     "early_exit.first_exit": """

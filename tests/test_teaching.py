@@ -7,8 +7,10 @@ import ast
 import importlib
 import json
 import os
+import pickle
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import textwrap
@@ -332,9 +334,7 @@ TRICKS = {
     ),
     "the reference's file": f"return np.genfromtxt({str(ROOT / 'bert.py')!r})",
     "the reference's file by name": "return np.genfromtxt('../bert.py')",
-    "a thread that outlives its time": (
-        "import concurrent.futures as c\nreturn value"  # not on the list; torch's own way to threads:
-    ),
+    "a thread that outlives its time": ("import concurrent.futures\nreturn value"),
     "a thread of torch that outlives its time": (
         "def work():\n    while True:\n        pass\n"
         "torch.utils.data.dataloader.threading.Thread(target=work).start()\nreturn value"
@@ -343,7 +343,9 @@ TRICKS = {
     "an answer through an import": "from lab.peer import attention\nreturn attention(query, key, value)",
     "an answer of the adapters": "import adapters\nreturn adapters.ProjectedAttention.attend(query, key)",
     "no tensor": "return 'attention'",
-}  # fmt: skip
+    "an answer from the network": "torch.hub.urlopen('http://127.0.0.1:9')\nreturn value",
+    "all memory": "return torch.zeros(10**10) + value[0, 0, 0, 0]",
+}
 
 
 @pytest.mark.parametrize("trick", TRICKS)
@@ -400,17 +402,15 @@ def test_the_process_has_no_reference_and_no_network(submission):
     assert "imports urllib.request" in refused(submission)
 
 
-def test_frames_are_never_unpickled(monkeypatch):
+def test_frames_are_never_unpickled():
     """What a process returns is read as safetensors only: a pickle in its place is no answer."""
-    import pickle
-    import socket
-
     ours, theirs = socket.socketpair()
     payload = pickle.dumps({"attend_plain": 1})
     theirs.sendall(grading.LENGTH.pack(len(payload)) + payload)
     frames, sentence = runner().collect(ours, 1, 5)
     assert frames == [] and "returned no tensors" in sentence
-    ours.close(), theirs.close()
+    ours.close()
+    theirs.close()
 
 
 # --- the command line ---------------------------------------------------------------------------------------------
@@ -455,6 +455,27 @@ def test_a_student_solves_attention_in_a_starter_copy(starter, tmp_path, other_s
     done = subprocess.run(command, cwd=copy, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert re.search(r"attention +12 of 12", done.stdout), done.stdout + done.stderr
     assert "BertLayer.forward is not written yet" in done.stdout and re.search(r"total +12 of 20", done.stdout)
+
+
+def test_gradescopes_scripts(submission, tmp_path):
+    """The script grades a folder in a zip with another seed, and writes the file where Gradescope reads it."""
+    submission.body("gradients.PCGrad.factor", "return 0.0")
+    root = tmp_path / "autograder"
+    for folder in ("source", "submission", "results"):
+        (root / folder).mkdir(parents=True)
+    (root / "source" / "minbert").symlink_to(ROOT)
+    submission.folder.rename(root / "submission" / "minbert-main")
+    scripts = ROOT / "teaching" / "gradescope"
+    assert all(os.access(path, os.X_OK) for path in scripts.iterdir())
+    assert subprocess.run(["bash", "-n", scripts / "setup.sh"]).returncode == 0
+    environment = os.environ | {"AUTOGRADER": str(root), "PYTHON": sys.executable, "PARTS": "gradients"}
+    subprocess.run([scripts / "run_autograder"], env=environment, check=True, capture_output=True)
+    results = json.loads((root / "results" / "results.json").read_text())
+    # without any file nothing is graded, least of all the project itself
+    shutil.rmtree(root / "submission" / "minbert-main")
+    subprocess.run([scripts / "run_autograder"], env=environment, check=True, capture_output=True)
+    assert json.loads((root / "results" / "results.json").read_text())["score"] == 0
+    assert results["score"] == 2 and [test["score"] for test in results["tests"]] == [0, 0, 1, 1]
 
 
 def test_a_starter_has_the_expected_results_of_one_seed(starter, monkeypatch):
