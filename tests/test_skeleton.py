@@ -25,8 +25,10 @@ import weights
 from bert import BertLayer, BertModel
 from datasets import SkeletonRows, load_multitask_data, read_dataset
 from errors import InputError
+from flags import parse_flags
 from multitask_classifier import MultitaskBERT
 from optimizer import AdamW
+from runs import name_run
 from tasks import build_tasks
 from tokenizer import BertTokenizer
 from weights import WEIGHTS_FOLDER
@@ -240,6 +242,8 @@ def test_predictions_are_copied_to_the_files_of_the_courses_flags(program, tmp_p
     run = program.train("outputs", "--epochs", 1, *flags)
     for key, path in out.items():
         assert path.read_bytes() == (run / "predictions" / f"{key.replace('_', '-')}-output.csv").read_bytes()
+    flags, _, defaults = parse_flags(flags)
+    assert name_run(flags, defaults) == Path("runs/finetune")  # they change nothing that a run computes
     again, where = tmp_path / "again.csv", ["--run_dir", str(run), "--data_dir", str(program.data)]
     assert not main(["--option", "evaluate", *where, f"--sst_dev_out={again}"])
     assert again.read_bytes() == out["sst_dev"].read_bytes()
