@@ -10,10 +10,10 @@ from files import write_whole
 def cells(source):
     """Split percent format into cells: (kind, text) with kind "markdown" or "code".
 
-    The lines of a markdown cell are comments; the cell contains their text.
+    The lines of a markdown cell are comments; the cell contains their text. The module's docstring is no cell.
     """
     parts = []
-    for line in source.splitlines():
+    for line in source[source.index("# %% ") :].splitlines():
         if line.startswith("# %%"):
             parts.append(("markdown" if line.endswith("[markdown]") else "code", []))
         else:

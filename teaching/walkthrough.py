@@ -1,3 +1,5 @@
+"""A walk-through: one sentence from text to logits, a step of AdamW, an exit. Each `# %%` line starts a cell."""
+
 # %% [markdown]
 # # One sentence through BERT
 #

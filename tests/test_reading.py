@@ -50,7 +50,8 @@ def test_the_notebook_holds_the_cells_of_the_walkthrough(tmp_path):
         texts[cell["cell_type"]].append("".join(cell["source"]))
         assert ("outputs" in cell) == (cell["cell_type"] == "code")
     # the code of all cells is the file without its comment cells
-    without = re.sub(r"# %% \[markdown\]\n(#.*\n|\n)*", "", source).replace("# %%\n", "")
+    without = source.split('"""\n\n', 1)[1]
+    without = re.sub(r"# %% \[markdown\]\n(#.*\n|\n)*", "", without).replace("# %%\n", "")
     assert "".join("\n".join(texts["code"]).split()) == "".join(without.split())
     assert texts["markdown"][0].startswith("# One sentence through BERT\n\nThis file")
 
