@@ -31,6 +31,8 @@ LENGTH = struct.Struct("!Q")
 # what Python reports before it does one of these things; see "audit events" in its documentation
 REFUSED_EVENTS = ("socket.", "subprocess.", "os.fork", "os.exec", "os.posix_spawn", "os.system", "os.kill", "ctypes.")
 REFUSED_EVENTS += ("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.chmod", "shutil.")
+# what the modules of a part import at their first use: imported once for all of its processes
+SLOW_IMPORTS = {"optimizer": "torch._dynamo", "classifier": "torch._dynamo", "evaluation": "scipy.stats"}
 MEMORY = 8 << 30  # bytes of address space; torch alone reserves a few GiB
 
 
@@ -119,11 +121,14 @@ def serve(control, shared):
         message, descriptors, _, _ = socket.recv_fds(control, 1 << 20, 1)
         if not message:
             return
+        job = json.loads(message)
+        if job["part"] in SLOW_IMPORTS:
+            importlib.import_module(SLOW_IMPORTS[job["part"]])
         pid = os.fork()
         if pid == 0:
             control.close()
             with contextlib.suppress(BaseException):
-                run_part(json.loads(message), socket.socket(fileno=descriptors[0]), shared)
+                run_part(job, socket.socket(fileno=descriptors[0]), shared)
             os._exit(0)
         with contextlib.suppress(OSError):  # the process does the same; whoever comes first
             os.setpgid(pid, pid)
@@ -134,9 +139,6 @@ def serve(control, shared):
 
 
 if __name__ == "__main__":
-    # what the modules import at their first use: to import it in each fork would take longer than the checks
-    for library in ("scipy.stats", "sklearn.metrics", "torch._dynamo"):
-        importlib.import_module(library)
     torch.set_num_threads(1)
     numpy.seterr(all="ignore")
     control = socket.socket(fileno=int(sys.argv[1]))

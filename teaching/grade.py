@@ -41,7 +41,7 @@ from .transplant import Refused, transplant
 EXPECTED = Path(__file__).parent / "expected.safetensors"
 PUBLIC_SEED = 0  # the seed of a starter copy
 SECONDS = 30  # limit of a part
-TOLERANCE = 1e-6  # absolute and relative; the checks compute in float64
+RELATIVE, ABSOLUTE = 1e-6, 1e-9  # tolerances: the checks compute in float64
 LARGEST_FRAME = 1 << 26  # bytes
 SHOWN = 24  # numbers of a tensor that the report prints
 
@@ -251,7 +251,7 @@ def equal(computed, expected):
         return False
     if is_text[0]:
         return torch.equal(computed, expected)
-    return torch.allclose(computed.double(), expected.double(), TOLERANCE, TOLERANCE, equal_nan=True)
+    return torch.allclose(computed.double(), expected.double(), RELATIVE, ABSOLUTE, equal_nan=True)
 
 
 def show(tensor):

@@ -57,8 +57,10 @@ class Draw:
         """Draw all parameters of a module anew, in float64, so that none is 0 or 1; return the module."""
         module = module.double()
         with torch.no_grad():
-            for parameter in module.parameters():
-                parameter.copy_(0.4 * torch.from_numpy(self.rng.standard_normal(parameter.shape)))
+            for part in module.modules():
+                for name, parameter in part.named_parameters(recurse=False):
+                    centre = float(isinstance(part, torch.nn.LayerNorm) and name == "weight")
+                    parameter.copy_(centre + 0.4 * torch.from_numpy(self.rng.standard_normal(parameter.shape)))
         return module
 
     def config(self, layers=2, heads=None):

@@ -62,7 +62,7 @@ def first(draw):
 
 def inference(draw):
     """Run one exit at a threshold that a row just reaches, the last exit, and whole batches."""
-    model, results = draw_model(draw), {}
+    model, results = draw_model(draw).requires_grad_(False), {}
     policies = {"sst": "confidence", "para": "lte", "sts": "lte"}
     for task in model.tasks.values():
         batch = draw.batch(task, b=3 + 2 * draw.size)
@@ -71,7 +71,7 @@ def inference(draw):
         state = model.state(1, states[1], masks, task)
         certainty = every.certainty(model, state, model.head(1, state, task), task)
         threshold = float(certainty.sort().values[len(certainty) // 2])
-        draw.show(**{f"certainty of {task.name}": certainty.detach(), "threshold": threshold})
+        draw.show(**{f"certainty of {task.name}": certainty, "threshold": threshold})
         some = ExitInference(policies, dict.fromkeys(model.tasks, threshold))
         logits, leaves = some.run_exit(model, 1, states[1], masks, task)
         last, all_leave = some.run_exit(model, model.depth, states[model.depth], masks, task)

@@ -50,7 +50,7 @@ def penalty(draw):
 def gaussian(draw):
     """Compute the Gaussian penalty."""
     model, batch, outputs, weights = draw_case(draw)
-    term = GaussianSmart(TASKS, draw.generator(), weight=draw.choice((0.5, 3.0)), sigma=0.3)
+    term = GaussianSmart(TASKS, draw.generator(), weight=draw.choice((0.5, 3.0)), sigma=1.0)
     return penalised(term, model, batch, outputs, weights)
 
 
