@@ -21,7 +21,7 @@ import argparse
 import random
 import statistics
 import tempfile
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -44,7 +44,6 @@ from lab.timing import (
     compare,
     count_operations,
     machine,
-    make_record,
     matrix_peak,
     measure,
     profile,
@@ -346,7 +345,7 @@ def run_part(name, setup):
         "weights": setup.weights.name,
         "data": setup.data_dir.name,
     }
-    record = make_record(measurements, about)
+    record = about | asdict(measurements)
     print("\n".join(report_lines({name: record})), flush=True)
     return record
 

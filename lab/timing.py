@@ -14,7 +14,7 @@ import platform
 import statistics
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -248,11 +248,6 @@ def report_lines(records):
     ]
     lines = ["# Speed beside transformers", "", EXPLANATION, *markdown(GOAL_COLUMNS, goals), ""]
     return lines + [line for name, record in records.items() for line in part_lines(name, record)]
-
-
-def make_record(measurements, about):
-    """A part's record in the JSON file: `about` is what else the report prints of it."""
-    return about | asdict(measurements)
 
 
 def write_report(path, records, order):

@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -123,7 +124,7 @@ def test_report_keeps_the_other_parts(tmp_path):
 
     def record(variant):
         result = timing.Measurements(timing.compare("a setting", "s", {variant: [{"": 1.0}]}), notes=["a note"])
-        return timing.make_record(result, ABOUT)
+        return ABOUT | asdict(result)
 
     for part, variant in (("growth", "old"), ("run", "x"), ("growth", "new")):
         write(records={part: record(variant)})
