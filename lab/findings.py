@@ -38,7 +38,7 @@ from datasets import read_dataset
 from errors import InputError, run_script
 from files import write_whole
 from lab.bootstrap import METRICS, paired_bootstrap
-from lab.experiments import RESULTS, load_rows
+from lab.record import RESULTS, load_rows
 from lab.rows import split_name
 from lab.tables import markdown
 from tasks import build_tasks
