@@ -86,7 +86,7 @@ def profile(device, call, parts=1):
 
 
 class OperationCounter(TorchDispatchMode):
-    """Counts the operations that compute or copy while it is active; views do neither, torch's _unsafe_view included."""
+    """Counts the operations that compute or copy while it is active. Views do neither, nor does _unsafe_view."""
 
     def __init__(self):
         super().__init__()
