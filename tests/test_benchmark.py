@@ -23,8 +23,6 @@ CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,!?'\"-"
 TINY = dict(hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16)
 SIZES = replace(workloads.QUICK, lengths=(8, 12), gpu_steps=(((20, 8), 1.3), ((3, 8), 2.0)))
 
-pytestmark = pytest.mark.usefixtures("blank")
-
 
 @pytest.fixture(scope="module")
 def setup(tmp_path_factory):
