@@ -1,10 +1,13 @@
-"""The command line of the course: python -m teaching starter | grade | handout."""
+"""The command line of the course: python -m teaching starter | grade | handout | notebook | expected."""
 
 from errors import Parser, run_script
 from methods import positive_int, seed
 
 from .grade import PUBLIC_SEED, SECONDS, grade
+from .handout import write_handout
+from .notebook import write_notebook
 from .parts import PARTS
+from .scores import RUNS, run_expected
 from .starter import write_starter
 
 
@@ -24,6 +27,15 @@ def make_parser():
     grading.add_argument("--seed", type=seed, default=PUBLIC_SEED, help="draws other models, vocabularies and shapes")
     grading.add_argument("--time", type=positive_int, default=SECONDS, help="seconds for each part")
     grading.add_argument("--results", help="also write Gradescope's results.json to this file")
+    handout = commands.add_parser("handout", help="write a page for each part, and a cover page")
+    handout.add_argument("out", help="the new folder")
+    notebook = commands.add_parser("notebook", help="make a Jupyter notebook of the walk-through")
+    notebook.add_argument("out", help="the .ipynb file; keep it beside bert.py")
+    expected = commands.add_parser("expected", help="train the runs of the expected scores that have no result yet")
+    expected.add_argument("--only", nargs="+", choices=RUNS, metavar="RUN", default=[], help="names of runs; --list")
+    expected.add_argument("--seeds", type=int, help="at most this many seeds of each run")
+    expected.add_argument("--data_dir", help="folder of the course's data; default as in multitask_classifier.py")
+    expected.add_argument("--list", action="store_true", help="print the commands, train nothing")
     return parser
 
 
@@ -34,6 +46,12 @@ def main(argv=None):
         write_starter(flags.out, flags.parts)
     elif flags.command == "grade":
         grade(flags.submission, flags.part, flags.seed, flags.time, flags.results)
+    elif flags.command == "handout":
+        write_handout(flags.out)
+    elif flags.command == "notebook":
+        write_notebook(flags.out)
+    elif flags.command == "expected":
+        run_expected(flags.only, flags.seeds, flags.data_dir, flags.list)
 
 
 if __name__ == "__main__":

@@ -137,6 +137,7 @@ PARTS = {
         "One Transformer layer",
         30,
         blanks=("bert.BertLayer.forward",),
+        equivalents=("bert.add_norm",),
         forbidden=("TransformerEncoderLayer", "TransformerEncoder", "MultiheadAttention"),
         checks=(
             Check(

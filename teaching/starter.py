@@ -11,15 +11,18 @@ from pathlib import Path
 from errors import InputError
 
 from .grade import EXPECTED, write_expected
+from .handout import write_handout
 from .parts import PARTS
 from .source import ROOT, left_out, remove_bodies
 
 FILES = ("requirements.txt", "setup.sh", "pyproject.toml", "LICENSE", ".gitignore")
 FOLDERS = ("data/sample", "teaching")
+LEFT_OUT = ("__pycache__", "gradescope", "answers.*", "walkthrough.py")
 README = """# minBERT, to be written
 
 The modules here are complete but for the bodies that raise NotImplementedError. The docstring of each module has its
-equations; the docstring of each function has its shapes. Write the bodies, part by part, in this order:
+equations; the docstring of each function has its shapes. The folder handout has a page for each part, with an example
+by hand and hints; begin with handout/README.md. Write the bodies, part by part, in this order:
 
 | part | | points | minutes | what to write |
 |---|---|---|---|---|
@@ -66,6 +69,7 @@ def write_starter(out, parts):
     for name in FILES:
         shutil.copy(ROOT / name, out / name)
     for name in FOLDERS:
-        shutil.copytree(ROOT / name, out / name, ignore=shutil.ignore_patterns("__pycache__", "gradescope"))
+        shutil.copytree(ROOT / name, out / name, ignore=shutil.ignore_patterns(*LEFT_OUT))
     (out / "README.md").write_text(README.format(rows=table(parts)), encoding="utf-8")
+    write_handout(out / "handout")
     write_expected(out / EXPECTED.relative_to(ROOT), parts)

@@ -26,7 +26,7 @@ SUBJECT = (
     *("evaluation", "early_exit", "slf", "smart", "adapters", "gradients", "predict"),
 )
 # Ceilings in lines of code without blank lines, comments and docstrings. Raise one only with a line in LOG.md.
-SUBJECT_LINES, RUNNING_LINES, CLASSIFIER_LINES, FILES = 2720, 1850, 400, 25
+SUBJECT_LINES, RUNNING_LINES, CLASSIFIER_LINES, FILES = 2795, 1850, 400, 26
 COMMENTS_PER_100 = 12
 FUNCTION_LINES, PARAMETERS, FIELDS = 60, 7, 12
 # the fields of BertConfig are the names of the hub's config.json
@@ -42,8 +42,8 @@ MAY_IMPORT = {
     "methods": ("errors",),
     "parallel": ("errors",),
     "files": ("errors", "parallel"),
-    "tokenizer": ("errors",),
     "weights": ("errors", "files"),
+    "tokenizer": ("errors", "weights"),
     "base_bert": ("errors", "files", "weights"),
     "bert": ("errors", "base_bert"),
     "optimizer": ("errors", "methods"),
@@ -67,6 +67,7 @@ MAY_IMPORT = {
         *(*METHODS, *DATA, "base_bert", "bert", "building", "errors", "evaluation", "flags", "methods", "parallel"),
         *("report", "runs"),
     ),
+    "classifier": ("errors", "flags", "multitask_classifier"),
     "predict": (
         *(*DATA, "building", "errors", "evaluation", "files", "flags", "methods", "multitask_classifier"),
         "report",

@@ -154,7 +154,8 @@ def anonymous(statements):
 
 def test_the_starter_has_no_answer(starter):
     """Neither the files with answers nor a function that has the body of a blank under other names."""
-    assert {path.name for path in starter.iterdir() if path.is_dir()} == {"data", "teaching"}
+    assert {path.name for path in starter.iterdir() if path.is_dir()} == {"data", "handout", "teaching"}
+    assert not [*starter.rglob("answers.*"), *starter.rglob("walkthrough.py")]
     assert not (starter / "METHODS.md").exists() and not (starter / "LOG.md").exists()
     assert not (starter / "teaching" / "gradescope").exists() and not (starter / ".git").exists()
     answers = {}
