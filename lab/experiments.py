@@ -202,11 +202,16 @@ def report(results, data_dir=""):
 
     With a folder of the data, what needs the dev labels is computed and recorded first.
     """
+    described, errors_of = findings.described_numbers()
+    described = [*described, *pages.described_numbers()]
     if data_dir:
-        described, errors_of = findings.described_numbers()
-        content = labels.record(read_source(results), [*described, *pages.described_numbers()], errors_of, data_dir)
+        content = labels.record(read_source(results), described, errors_of, data_dir)
         write_whole(results / "findings.json", json.dumps(content, indent=1) + "\n")
     source = read_source(results)
+    if missing := labels.without_interval(source, described):
+        print(
+            f"{len(missing)} intervals cover other seeds only: run report with --data_dir, then they cover dev rows too"
+        )
     for group in GROUPS:
         pages.write_page(group, source, results)
     draw_sweep(results / "sweep.csv", results)

@@ -126,23 +126,38 @@ def interval_half(dev, score, sides):
     return result and round((result["high"] - result["low"]) / 2, 5)
 
 
+def differences(source, described):
+    """The differences of scores whose runs have recorded predictions: {name: (description, sides, digest)}."""
+    result = {}
+    for words in described:
+        if len(words) == 5 and words[3] == "-" and words[1] in ("norm", *build_tasks()):
+            sides = source.sides([words[0], words[2], words[4]])
+            if of := digest(*sides):
+                result[" | ".join(words)] = (words, sides, of)
+    return result
+
+
+def without_interval(source, described):
+    """The names of the differences that may be computed, but whose interval over dev rows is not recorded."""
+    recorded = source.recorded.get("intervals", {})
+    every = differences(source, described).items()
+    return [name for name, (_, _, of) in every if recorded.get(name, {}).get("digest") != of]
+
+
 def record(source, described, errors_of, data_dir):
     """Compute what needs the dev labels. Returns the content of findings.json.
 
     `described` are descriptions of numbers (numbers.py); the differences of scores among them get an interval.
     `errors_of` is {name: [group, recipe] or [group, recipe, recipe]}: whose errors are described.
     """
-    tasks, dev = build_tasks(), read_dev_rows(data_dir)
-    intervals, errors = {}, {}
-    for words in described:
-        if len(words) != 5 or words[3] != "-" or words[1] not in ("norm", *tasks):
-            continue
-        name, sides = " | ".join(words), source.sides([words[0], words[2], words[4]])
-        old, of = source.recorded.get("intervals", {}).get(name), digest(*sides)
-        if of and old and old["digest"] == of:
-            intervals[name] = old
-        elif of and name not in intervals and (half := interval_half(dev, words[1], sides)):
+    tasks, dev, errors = build_tasks(), read_dev_rows(data_dir), {}
+    intervals, missing = dict(source.recorded.get("intervals", {})), without_interval(source, described)
+    every = differences(source, described)
+    for name in missing:
+        words, sides, of = every[name]
+        if (half := interval_half(dev, words[1], sides)) is not None:
             intervals[name] = {"digest": of, "half": half}
+    intervals = {name: intervals[name] for name in every if name in intervals}
     for name, of in errors_of.items():
         sides = source.sides(of)
         if not digest(*sides):

@@ -12,8 +12,8 @@ numbers, and a number is a list:
 A key is `norm`, a task, or a path into the row ("exits/threshold", "phases/0/norm"). If a number is not recorded, its
 sentence is left out.
 
-± is half of a 95% interval. It covers other seeds and, where the predictions of both sides are recorded, other dev rows
-(paired bootstrap, labels.py); the two are independent, so their squares add up.
+± is half of a 95% interval. It covers other seeds and, as soon as labels.py has recorded it, other dev rows (paired
+bootstrap); the two are independent, so their squares add up.
 """
 
 import hashlib

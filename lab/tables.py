@@ -78,7 +78,7 @@ COLUMNS = {
 PAPER_COLUMNS = ("sst", "para", "sts", "norm", "printed", "h:min")
 DIFFERENCE = (
     "`difference` is the norm minus that of the baseline ({baseline}), ± half of a 95% interval, which covers other "
-    "seeds and, where predictions are recorded, other dev rows. "
+    "seeds and, where report had the dev labels, other dev rows. "
 )
 
 
