@@ -6,7 +6,7 @@ import sys
 from contextlib import contextmanager
 
 
-class InputError(Exception):
+class InputError(ValueError):
     """A mistake in what the user gave; its text is one line that names file, line, value and what to do."""
 
 

@@ -47,8 +47,8 @@ EVALUATE_FLAGS = {"use_gpu", "data_dir", "eval_batch_size", "precision", "attent
 
 
 def file_flags():
-    """The names of the flags that name one CSV file each: sst_train, para_dev, ..."""
-    return {f"{name}_{split}" for name in TASKS for split in SPLITS}
+    """The names of the flags that name one CSV file each: sst_train, para_dev, ..., and the output files."""
+    return {f"{name}_{split}" for name in TASKS for split in SPLITS} | {"outputs"}
 
 
 def encoding(text):
@@ -98,7 +98,11 @@ def make_parser():
         if method.title not in groups:
             groups[method.title] = parser.add_argument_group(method.title)
         method.add_flags(groups[method.title])
-    add_output_flags(parser.add_argument_group("output"))
+    add_output_flags(
+        parser.add_argument_group(
+            "output", "--sst_dev_out FILE, --para_test_out FILE, ... also copy that prediction file to FILE."
+        )
+    )
     return parser
 
 
@@ -207,6 +211,10 @@ def add_output_flags(group):
     group.add_argument("--resume", action="store_true", help="continue the run in --run_dir")
     group.add_argument("--overwrite", action="store_true", help="replace the run in --run_dir")
     group.add_argument("--eval_batch_size", type=positive_int, default=32, help="examples per batch of an evaluation")
+    # the course's flags, kept as "sst-dev=FILE"
+    for key in (f"{name}-{split}" for name in TASKS for split in ("dev", "test")):
+        option, named = f"--{key.replace('-', '_')}_out", f"{key}={{}}".format
+        group.add_argument(option, metavar="CSV", dest="outputs", action="append", type=named, help=argparse.SUPPRESS)
 
 
 def parse_flags(argv=None):
@@ -247,6 +255,9 @@ def loop_conflicts(flags, typed):
     takes_all = flags["step"] == "all_tasks" or flags["gradients"] != "sum"
     chosen = f"--sampler {flags['sampler']} chooses one task per step: here every step takes all tasks"
     yield "sampler" in typed and takes_all, chosen
+    for entry in flags["outputs"] or ():
+        name, split = entry.partition("=")[0].split("-")
+        yield name not in flags["tasks"], f"--{name}_{split}_out: this run has no task {name}: add it to --tasks"
     siamese = any("siamese" in entry for entry in flags["pairs"])
     yield "siamese_features" in typed and not siamese, "--siamese_features belongs to --pairs siamese"
 

@@ -384,6 +384,14 @@ def close_run(model, data, folder, options, settings=None, show_bar=False, known
     return page | {"scores": scores.record(), "exits": exit_record, "curves": curves}
 
 
+def copy_predictions(folder, outputs):
+    """Copy prediction files of a run; `outputs` has entries such as "sst-dev=FILE", from the flag --sst_dev_out."""
+    for key, _, path in (entry.partition("=") for entry in outputs or ()):
+        source = Path(folder) / "predictions" / f"{key}-output.csv"
+        # a function, since only the first process has the file
+        write_whole(path, lambda out, source=source: out.write(source.read_bytes()))
+
+
 def finish(parts, recorder):
     """Evaluate the best model, write its predictions, the summary and report.html."""
     folder, history = recorder.folder, recorder.history

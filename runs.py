@@ -39,7 +39,7 @@ from parallel import on_first, world_size
 # the version of config.json and its flags
 FORMAT = 2
 # flags that do not change what a run computes: they may differ when it is resumed
-NEUTRAL_FLAGS = {"run_dir", "resume", "overwrite", "eval_batch_size"}
+NEUTRAL_FLAGS = {"run_dir", "resume", "overwrite", "eval_batch_size", "outputs"}
 FREE_FLAGS = NEUTRAL_FLAGS | {"data_dir", "weights"}
 # where a new run's first files wait until all of them are written
 STAGING = ".minbert-new-run"
