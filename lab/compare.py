@@ -1,53 +1,118 @@
-"""Comparing rows by paired bootstrap over the dev rows (bootstrap.py): with transformers, and with a table's baseline.
+"""Paired bootstrap: how certain is the difference between two groups of runs on the same dev rows?
 
-The labels are not in this repository. So a comparison is computed where the data are, and its result is recorded with
-the row.
+Draw n rows with replacement, the same rows for both sides, and compute the difference again. The 2.5th and the
+97.5th percentile of many such differences are a 95% interval. A dev score averages several tasks whose rows have
+nothing to do with each other, so each task is resampled on its own. The difference of the averages is the average of
+the tasks' differences. The runs stay the same in every resample, so the interval does not cover other seeds.
+
+The labels are not in this repository. So a comparison is computed where data or runs are, and its result is recorded:
+here that of the core runs with transformers, in ensemble.py that of an ensemble with its members, in labels.py the
+differences that the pages print.
+Source: Efron and Tibshirani, An Introduction to the Bootstrap, 13.3 (percentile interval).
 """
 
 import csv
 
 import numpy as np
 
-from datasets import find_data_dir, read_dataset
-from lab.bootstrap import METRICS, paired_bootstrap
-from lab.rows import GROUPS, slug, split_name
+from lab.record import recipes
+from lab.rows import slug
 from tasks import build_tasks
-from tokenizer import BertTokenizer
-from weights import find_weights
 
-# --- with transformers ----------------------------------------------------------------------------------------------
+# scipy draws this many resamples at once, so that the memory for row numbers stays small
+DRAWS_AT_ONCE = 20
+
+
+def accuracies(values, labels):
+    """Share of right predictions of each run. Shapes: [n,runs], [n] -> [runs]."""
+    return (values == labels[:, None]).mean(0)
+
+
+def correlations(values, labels):
+    """Pearson correlation of each run; 0 where either side is constant. Shapes: [n,runs], [n] -> [runs]."""
+    x, y = values - values.mean(0), labels - labels.mean()
+    # compared before the means are subtracted: a constant less its mean need not be exactly 0
+    varies = (np.ptp(values, axis=0) > 0) & (np.ptp(labels) > 0)
+    return np.divide(y @ x, np.sqrt((x**2).sum(0) * (y**2).sum()), out=np.zeros(x.shape[1]), where=varies)
+
+
+# The functions of tasks.py check their input for half a millisecond, and a bootstrap calls them 100,000 times.
+METRICS = {"accuracy": accuracies, "pearson": correlations}
+
+
+def paired_bootstrap(parts, samples=10_000, seed=0):
+    """Compare two sides by resampling the rows that both predicted.
+
+    `parts` is a list of (first, second, labels, metric), one per task. `metric(predictions, labels)` returns a number;
+    each side's score is the mean of the tasks' metrics.
+    Shapes: first, second: [n] for one run a side, or [n, runs]; labels [n].
+    Returns (first - second, its 95% interval, share of resamples in which first is not better).
+    """
+    # imported here: scipy.stats takes a second
+    from scipy.stats import bootstrap
+
+    rng, measured, resampled = np.random.default_rng(seed), [], []
+    for first, second, labels, metric in parts:
+
+        def gain(rows, first=first, second=second, labels=labels, metric=metric):
+            return metric(first[rows], labels[rows]) - metric(second[rows], labels[rows])
+
+        # one sample of row numbers stands for both sides and the labels: that pairs them, whatever their shapes
+        rows = np.arange(len(labels))
+        draws = bootstrap(
+            (rows,), gain, n_resamples=samples, batch=DRAWS_AT_ONCE, vectorized=False, method="percentile", rng=rng
+        )
+        measured.append(gain(rows))
+        resampled.append(draws.bootstrap_distribution)
+    differences = np.mean(resampled, axis=0)  # [samples]
+    low, high = np.percentile(differences, [2.5, 97.5])
+    return float(np.mean(measured)), (float(low), float(high)), float(np.mean(differences <= 0))
+
+
+def compare(ours, others, labels, score="norm", samples=10_000):
+    """Compare the mean score of some runs with that of other runs, on the tasks that both have; None without any.
+
+    `score` is "norm" or the name of a task.
+    Shapes: ours, others: {task: [n,runs]}, labels: {task: [n]}.
+    """
+    parts = []
+    for name, task in build_tasks().items():
+        if score in ("norm", name) and all(name in side for side in (ours, others)):
+
+            def metric(values, gold, task=task):
+                scores = METRICS[task.metric.name](values, gold)
+                return (task.metric.normalise(scores) if score == "norm" else scores).mean()
+
+            parts.append((ours[name], others[name], labels[name], metric))
+    if not parts:
+        return None
+    difference, (low, high), not_better = paired_bootstrap(parts, samples)
+    return {"difference": difference, "low": low, "high": high, "not_better": not_better}
+
+
+# --- with transformers --------------------------------------------------------------------------------------------
 
 
 def read_predictions(folder, task):
     """A run's dev predictions of one task, from the file in the course's format: {id: value}."""
-    lines = (folder / "predictions" / f"{task.name}-dev-output.csv").read_text().splitlines()[1:]
+    lines = (folder / "predictions" / f"{task}-dev-output.csv").read_text().splitlines()[1:]
     return {key.strip(): float(value) for key, value in (line.split(",") for line in lines)}
 
 
 def read_labels(folder, task):
     """The dev labels of one task, from the readable predictions: {id: label}."""
-    with open(folder / "predictions" / f"{task.name}-dev-readable.csv", newline="", encoding="utf-8") as file:
+    with open(folder / "predictions" / f"{task}-dev-readable.csv", newline="", encoding="utf-8") as file:
         return {row["id"]: float(row["gold"]) for row in csv.DictReader(file) if row["gold"]}
 
 
-def compare_runs(ours, others):
-    """Compare the mean norm of some runs with that of others, by paired bootstrap over the dev rows.
-
-    Each run counts with the predictions of its best epoch.
-    """
-    parts = []
-    for task in build_tasks().values():
-        labels = read_labels(ours[0], task)
-        predictions = [read_predictions(folder, task) for folder in (*ours, *others)]
-        values = np.array([[of_run[key] for of_run in predictions] for key in labels])  # [rows, runs]
-
-        def mean_norm(values, gold, task=task):
-            return task.metric.normalise(METRICS[task.metric.name](values, gold)).mean()
-
-        first, second = np.split(values, [len(ours)], axis=1)
-        parts.append((first, second, np.array(list(labels.values())), mean_norm))
-    difference, (low, high), not_better = paired_bootstrap(parts)
-    return {"difference": difference, "low": low, "high": high, "not_better": not_better}
+def compare_folders(ours, others):
+    """Compare the norm of some runs with that of others, each with the predictions of its best epoch."""
+    labels = {name: read_labels(ours[0], name) for name in build_tasks()}
+    sides = []
+    for side in (ours, others):
+        predictions = {name: [read_predictions(folder, name) for folder in side] for name in labels}
+        sides.append({n: np.array([[run[key] for run in predictions[n]] for key in labels[n]]) for n in labels})
+    return compare(*sides, {name: np.array(list(gold.values())) for name, gold in labels.items()})
 
 
 def compare_seeds(rows, runs):
@@ -56,90 +121,13 @@ def compare_seeds(rows, runs):
     Every seed is compared on its own, then the mean of a recipe's seeds. A recipe without its runs' predictions keeps
     the comparison that is recorded.
     """
-    recipes = {}
-    for row in rows:
-        recipe, seed, _ = row["name"].partition(", seed ")
-        if seed:
-            recipes.setdefault(recipe, []).append(row)
-    others = [runs / slug(row["name"]) for row in recipes.pop("transformers", ())]
-    for mine in recipes.values() if others else ():
+    by_recipe = recipes({row["name"]: row for row in rows if ", seed " in row["name"]})
+    others = [runs / slug(row["name"]) for row in by_recipe.pop("transformers", ())]
+    for mine in by_recipe.values() if others else ():
         folders = [runs / slug(row["name"]) for row in mine]
         if not all((folder / "predictions").is_dir() for folder in (*folders, *others)):
             continue
         for row, folder in zip(mine, folders, strict=True):
-            row["against_peer"] = compare_runs([folder], others)
+            row["against_peer"] = compare_folders([folder], others)
         if len(mine) > 1:
-            mine[-1]["mean_against_peer"] = compare_runs(folders, others) | {"runs": len(mine)}
-
-
-# --- with a table's baseline --------------------------------------------------------------------------------------
-
-
-def dev_labels(data_dir):
-    """The dev labels that are scored, in the order of the files: {task: [n]}."""
-    tasks, tokenizer = build_tasks(), BertTokenizer.from_pretrained(find_weights("minilm"))
-    folder, _ = find_data_dir(data_dir, [task.file("dev") for task in tasks.values()])
-    data = {name: read_dataset(task, folder / task.file("dev"), tokenizer) for name, task in tasks.items()}
-    return {name: one.labels[one.usable] for name, one in data.items()}
-
-
-def predictions_of(row):
-    """The recorded dev predictions of a row: {task: [n]}."""
-    arrays = (row["measured"] or {}).get("predictions", {})
-    return {name: np.array([float(value) for value in one["values"]]) for name, one in arrays.items()}
-
-
-def baseline_of(group, name):
-    """The recipe that a recipe is compared with, or None: its group's baseline, of its own block if it has one."""
-    block, recipe, _ = split_name(name)
-    if not GROUPS[group].baseline:
-        return None
-    in_block = f"{block}: {GROUPS[group].baseline}" if block else GROUPS[group].baseline
-    base = in_block if in_block in GROUPS[group].rows else GROUPS[group].baseline
-    return None if base == (f"{block}: {recipe}" if block else recipe) else base
-
-
-def difference(ours, others, labels):
-    """The mean norm of some rows minus that of other rows, on the tasks that all of them have; None without any."""
-    sides, parts = [list(map(predictions_of, rows)) for rows in (ours, others)], []
-    shared = set.intersection(*(set(one) for side in sides for one in side)) & set(labels)
-    for name, task in build_tasks().items():
-        lengths = {len(one[name]) for side in sides for one in side} if name in shared else set()
-        if lengths != {len(labels.get(name, ()))}:
-            continue
-
-        def mean_norm(values, gold, task=task):
-            return task.metric.normalise(METRICS[task.metric.name](values, gold)).mean()
-
-        first, second = (np.stack([one[name] for one in side], axis=1) for side in sides)  # [n,runs]
-        parts.append((first, second, labels[name], mean_norm))
-    if not parts:
-        return None
-    gain, (low, high), not_better = paired_bootstrap(parts)
-    return {"difference": gain, "low": low, "high": high, "not_better": not_better, "tasks": len(parts)}
-
-
-def recipes_of(rows):
-    """Rows that differ in the seed alone, under the name of the first: {recipe: [row, ...]}."""
-    recipes = {}
-    for row in rows:
-        block, recipe, _ = split_name(row["name"])
-        recipes.setdefault(f"{block}: {recipe}" if block else recipe, []).append(row)
-    return recipes
-
-
-def compare_with_baseline(group, rows, data_dir):
-    """Record in the first row of each recipe how its seeds' mean norm compares with that of the baseline's seeds.
-
-    A comparison is computed again only where other runs stand behind it.
-    """
-    recipes, labels = recipes_of(rows), None
-    for name, mine in recipes.items():
-        others = recipes.get(baseline_of(group, name))
-        if not others or not all(map(predictions_of, [*mine, *others])):
-            continue
-        runs = [row["started"] for row in (*mine, *others)]
-        if mine[0].get("against_baseline", {}).get("runs") != runs:
-            labels = labels or dev_labels(data_dir)
-            if result := difference(mine, others, labels):
-                mine[0]["against_baseline"] = {"baseline": others[0]["name"], "runs": runs} | result
+            mine[-1]["mean_against_peer"] = compare_folders(folders, others) | {"runs": len(mine)}

@@ -21,7 +21,7 @@ import building
 from errors import InputError, run_script
 from evaluation import predict, score, summarise, write_predictions
 from files import write_whole
-from lab.bootstrap import METRICS, paired_bootstrap
+from lab.compare import compare
 from lab.measure import digits
 from multitask_classifier import load_run
 from runs import RunFolder, describe_environment, memory_mib
@@ -49,21 +49,6 @@ def average(members):
     return replace(first, probabilities=probabilities, values=probabilities.argmax(1))
 
 
-def compare(tasks, ours, others):
-    """The norm of an ensemble minus the mean norm of some members, by paired bootstrap over the dev rows."""
-    parts = []
-    for name, task in tasks.items():
-        labels = ours[name].data.labels[ours[name].rows]
-
-        def mean_norm(values, gold, task=task):
-            return task.metric.normalise(METRICS[task.metric.name](values, gold)).mean()
-
-        members = np.stack([member[name, "dev"].values for member in others], axis=1)  # [n,runs]
-        parts.append((ours[name].values[:, None], members, labels, mean_norm))
-    difference, (low, high), not_better = paired_bootstrap(parts)
-    return {"difference": difference, "low": low, "high": high, "not_better": not_better}
-
-
 def write_ensemble(names, folder, data_dir):
     """Predict with all members, and write the files of a run."""
     paths, started = [folder.parent / name for name in names], time.monotonic()
@@ -81,8 +66,15 @@ def write_ensemble(names, folder, data_dir):
     record = {key: config[key] for key in ("weights", "data")} | describe_environment(torch.device("cpu"))
     write_whole(folder / "config.json", json.dumps(record | {"flags": {"members": names, "seed": None}}))
     arrays = {name: {"values": digits(one.values, tasks[name].is_regression)} for name, one in dev.items()}
-    against = {name: compare(tasks, dev, [member]) for name, member in zip(names, members, strict=True)}
-    measured = {"predictions": arrays, "against": against | {"their mean": compare(tasks, dev, members)}}
+    labels = {name: one.data.labels[one.rows] for name, one in dev.items()}
+    ours = {name: one.values[:, None] for name, one in dev.items()}
+    # [n,runs]
+    others = {name: np.stack([member[name, "dev"].values for member in members], axis=1) for name in dev}
+    against = {
+        member: compare(ours, {name: values[:, [k]] for name, values in others.items()}, labels)
+        for k, member in enumerate(names)
+    }
+    measured = {"predictions": arrays, "against": against | {"their mean": compare(ours, others, labels)}}
     write_whole(folder / "measured.json", json.dumps(measured))
     both, seconds = scores.record(), round(time.monotonic() - started, 1)
     numbers = {"train_seconds": 0.0, "eval_seconds": seconds, "peak_mib": round(memory_mib(torch.device("cpu")))}

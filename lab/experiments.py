@@ -5,7 +5,8 @@
     python -m lab.experiments core --collect    # writes results/core.md again, trains nothing
     python -m lab.experiments berter-table2 exit-thresholds --jobs 2 --hours 1.5 --data_dir ../shared/data
     python -m lab.experiments berter-table2 --fraction 0.02 --epochs 1      # all its rows in minutes, as a check
-    python -m lab.experiments report            # writes all tables and pictures again from the recorded rows
+    python -m lab.experiments report            # writes all pages and pictures again from the recorded rows
+    python -m lab.experiments report --data_dir ../shared/data      # first computes what needs the dev labels
 
 A group (rows.py) is a table; a row of it is one run in runs/experiments/GROUP/NAME. A finished run is not trained
 again, an interrupted one continues. When a row ends, its numbers are read from its run's files and recorded in
@@ -15,6 +16,7 @@ command is the recorded one.
 
 import argparse
 import csv
+import json
 import os
 import shutil
 import subprocess
@@ -29,13 +31,13 @@ from lab import peer  # isort: skip # noqa: F401
 from building import build_table
 from datasets import find_data_dir
 from errors import InputError, run_script
-from lab import findings
-from lab.compare import compare_seeds, compare_with_baseline
-from lab.pages import write_page
+from files import write_whole
+from lab import findings, labels, pages
+from lab.compare import compare_seeds
+from lab.numbers import read_source
 from lab.pictures import draw_sweep
 from lab.record import HERE, RESULTS, Place, flags_of, load_rows, read_row, write_row
-from lab.rows import COMMON, ENSEMBLE, GROUPS, command_of, slug, split_name
-from lab.tables import comparison_table, replace_between, score_table
+from lab.rows import ENSEMBLE, GROUPS, command_of, slug, split_name
 from methods import below_one, per_task, positive, positive_int
 from samplers import rows_per_epoch
 from tasks import TASKS
@@ -176,13 +178,10 @@ def collect(group, names, place):
         row = read_row(group, name, place) if name in GROUPS[group].rows else None
         if not row and (folder / "summary.json").exists():
             print(f"{name}: {folder} was trained with other flags: remove it to train the row again")
-        removed = name in GROUPS[group].removed
-        if not row and old and (removed or old["command"] == " ".join(place.command(group, name))):
-            row = old
-        if row:
-            # a comparison needs predictions or data, which may be gone
-            compared = ("against_peer", "mean_against_peer", "against_baseline")
-            rows.append(row | {key: old[key] for key in compared if old and key in old})
+        if row or old:
+            # a comparison needs predictions, which may be gone
+            kept = {key: old[key] for key in ("against_peer", "mean_against_peer") if old and key in old}
+            rows.append((row or old) | kept)
         else:
             missing.append(name)
     if missing:
@@ -191,38 +190,32 @@ def collect(group, names, place):
     return rows
 
 
-def tables(group, rows):
-    """The Markdown of the tables of the project's own groups: {file name: text}."""
-    result = {f"{group}.md": score_table(COMMON, GROUPS[group], rows)}
-    comparison = comparison_table(rows)
-    return result | ({"comparison.md": comparison} if comparison else {})
-
-
-def write_tables(group, rows, results):
-    """Write the table of a group: a whole page for an experiment, otherwise between the markers of a typed page."""
-    if GROUPS[group].question:
-        return write_page(group, {row["name"]: row for row in rows}, results)
-    for name, text in (tables(group, rows) if rows else {}).items():
-        replace_between(results / name, "table", text)
-    return None
-
-
 def record_rows(group, place):
-    """Collect the rows of a group, compare them where the data are, record them, and write their table."""
-    rows = collect(group, [*GROUPS[group].rows, *GROUPS[group].removed], place)
-    if place.data_dir:
-        compare_with_baseline(group, rows, place.data_dir)
-    for row in rows:
+    """Collect the rows of a group, record them, and write their page."""
+    for row in collect(group, [*GROUPS[group].rows, *GROUPS[group].removed], place):
         write_row(place.record(group, row["name"]), row)
-    write_tables(group, rows, place.results)
+    pages.write_page(group, read_source(place.results), place.results)
 
 
-def report(results):
-    """Write all tables and pictures of results/ again from the recorded rows: no data, no weights, no run is read."""
+def report(results, data_dir=""):
+    """Write all pages and pictures of results/ again from the recorded rows: no weights, no run is read.
+
+    With a folder of the data, what needs the dev labels is computed and recorded first.
+    """
+    described, errors_of = findings.described_numbers()
+    described = [*described, *pages.described_numbers()]
+    if data_dir:
+        content = labels.record(read_source(results), described, errors_of, data_dir)
+        write_whole(results / "findings.json", json.dumps(content, indent=1) + "\n")
+    source = read_source(results)
+    if missing := labels.without_interval(source, described):
+        print(
+            f"{len(missing)} intervals cover other seeds only: run report with --data_dir, then they cover dev rows too"
+        )
     for group in GROUPS:
-        write_tables(group, list(load_rows(group, results).values()), results)
+        pages.write_page(group, source, results)
     draw_sweep(results / "sweep.csv", results)
-    findings.write_page(results)
+    findings.write_findings(source, results)
 
 
 def cut_data(data_dir, target, fraction):
@@ -301,7 +294,7 @@ def main(argv=None):
     if (args.epochs or args.weights) and not args.fraction:
         raise InputError("--epochs and --weights belong to a check run: add --fraction")
     if REPORT in args.groups:
-        return report(RESULTS)
+        return report(RESULTS, args.data_dir)
     place = check_place(args) if args.fraction else Place(args.runs, RESULTS, args.data_dir)
     rows = choose_rows(args)
     if args.list:

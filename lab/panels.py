@@ -5,34 +5,32 @@ A function leaves out what was not run. Without anything to draw it returns no p
 
 from statistics import mean, stdev
 
-from lab.compare import recipes_of
+from lab.numbers import SEED_NOISE, seed_noise
+from lab.record import recipes
 from lab.rows import BERTER_PAPER
 from tasks import build_tasks
 
-# standard deviations of one dev run, from seeds of long runs
-NOISE = {"sst": 0.015, "para": 0.005, "sts": 0.008, "norm": 0.0055}
+LAYERS = "mean number of layers"
 AXIS = {"sst": "SST accuracy", "para": "Quora accuracy", "sts": "STS Pearson r", "norm": "norm"}
 
 
-def recipes(rows):
-    """The runs of each recipe: {recipe: [row of each seed]}."""
-    return recipes_of(list(rows.values()))
+def spread(values, noise):
+    """The mean of the seeds, and their standard deviation; None for no values.
 
-
-def spread(values):
-    """The mean of the seeds, and their standard deviation where there are several; None for no values."""
+    Few seeds estimate it badly, so it is at least the stated `noise`.
+    """
     values = [value for value in values if value is not None]
-    return (mean(values), stdev(values) if len(values) > 1 else None) if values else None
+    return (mean(values), max(noise, stdev(values) if len(values) > 1 else 0)) if values else None
 
 
 def norm_of(runs):
-    """The best norm of a recipe, over its seeds."""
-    return spread([row["best"]["norm"] for row in runs])
+    """The best norm of a recipe in a long group, over its seeds."""
+    return spread([row["best"]["norm"] for row in runs], SEED_NOISE["norm"])
 
 
 def with_exits(runs):
-    """The norm of a recipe where rows leave early."""
-    return spread([row["exits"]["cross_fitted_norm"]["exit"] for row in runs if row["exits"]])
+    """The norm of a recipe in a long group where rows leave early."""
+    return spread([row["exits"]["cross_fitted_norm"]["exit"] for row in runs if row["exits"]], SEED_NOISE["norm"])
 
 
 def drop_empty(panels):
@@ -73,29 +71,32 @@ def mean_curves(runs, task, policy):
 
 
 def exit_thresholds(rows):
-    """Score against layers for every training of the exits: one task a panel, and all tasks with chosen thresholds."""
+    """Score against layers for every training of the exits, one task a panel; all tasks against layers and time."""
     ours = {name: runs for name, runs in recipes(rows).items() if all(row["measured"] for row in runs)}
     panels = []
     for name, task in build_tasks().items():
         curves = {}
         for k, (recipe, runs) in enumerate(ours.items()):
             x, y = mean_curves(runs, name, "lte" if task.is_regression else "confidence")
-            curves[recipe] = {"x": x, "y": y, "style": k, "only": "line"}
+            curves[recipe] = {"x": x, "y": y, "style": k}
         if "joint" in ours:
             oracle = ours["joint"][0]["measured"]["exits"]["oracle"][name]
-            curves["oracle of joint"] = {"x": [oracle["layers"]], "y": [oracle["score"]], "style": 6, "only": "points"}
+            curves["oracle of joint"] = {"x": [oracle["layers"]], "y": [oracle["score"]], "style": 6, "points": True}
         certainty = "learning to exit" if task.is_regression else "confidence"
-        panels.append({"title": f"{task.title}, by {certainty}", "x": "mean number of layers", "y": AXIS[name]})
-        panels[-1]["curves"] = curves
-    chosen = {}
+        panels.append({"title": f"{task.title}, by {certainty}", "x": LAYERS, "y": AXIS[name], "curves": curves})
+    chosen, timed = {}, {}
     for k, (recipe, runs) in enumerate(ours.items()):
         points = list(zip(*(row["measured"]["exits"]["chosen"]["auto"] for row in runs), strict=True))
         x, y = ([mean(p[key] for p in point) for point in points] for key in ("layers", "norm"))
         chosen[recipe] = {"x": x, "y": y, "style": k}
-    panels.append(
-        {"title": "all tasks, thresholds chosen on other dev rows", "x": "mean number of layers", "y": "norm"}
-    )
+        # the first seed stands for the recipe: a mean of times needs equal machines
+        if sweep := runs[0]["sweep"]:
+            points = [(1000 / p["examples_per_second"], p["score"]) for name, p in sweep.items() if name != "auto"]
+            x, y = zip(*sorted(points), strict=True)
+            timed[recipe] = {"x": x, "y": y, "style": k}
+    panels.append({"title": "all tasks, thresholds chosen on other dev rows", "x": LAYERS, "y": "norm"})
     panels[-1]["curves"] = chosen
+    panels.append({"title": "all tasks, one threshold", "x": "milliseconds per example", "y": "norm", "curves": timed})
     return drop_empty(panels)
 
 
@@ -111,7 +112,7 @@ def dots_of(rows, values, series, titles):
 
 def slf_ablation(rows):
     """The norm at full depth and with exits."""
-    title = "norm at equal compute (bars: standard deviation of the seeds)"
+    title = "best norm"
     return dots_of(
         rows, [lambda runs: [norm_of(runs), with_exits(runs)]], ["full depth", "with early exit"], [(title, "norm")]
     )
@@ -119,7 +120,10 @@ def slf_ablation(rows):
 
 def embedding_order(rows):
     """The scores of both pair tasks."""
-    functions = [lambda runs, task=task: [spread([row["best"].get(task) for row in runs])] for task in ("para", "sts")]
+    functions = [
+        lambda runs, task=task: [spread([row["best"].get(task) for row in runs], SEED_NOISE[task])]
+        for task in ("para", "sts")
+    ]
     return dots_of(rows, functions, ["_mean"], [("Quora", "accuracy"), ("STS", "Pearson r")])
 
 
@@ -138,7 +142,7 @@ def smart_when(rows):
                 label = recipe.replace("SMART on Quora, ", "Quora, ").replace("SMART on ", "")
                 curves[label] = {"x": steps, "y": [mean(points) for points in zip(*gains, strict=True)]}
         panel = {"title": AXIS[name], "x": "share of the training", "y": "with SMART minus without"}
-        panels.append(panel | {"curves": curves, "band": NOISE[name] * 2**0.5})
+        panels.append(panel | {"curves": curves, "band": SEED_NOISE[name] * 2**0.5})
     return drop_empty(panels)
 
 
@@ -153,7 +157,8 @@ def berter_figures(rows):
         }
         points |= {default: base} if base else {}
         x = sorted(points)
-        return {f"_{word}": {"x": x, "y": [points[value]["last"][key] for value in x], "style": 0}} if x else {}
+        y = [points[value]["last"][key] for value in x]
+        return {f"_{word}": {"x": x, "y": y, "errors": [seed_noise("berter-figures", key)] * len(x)}} if x else {}
 
     epochs = {}
     if "SST over epochs" in rows:
@@ -163,9 +168,9 @@ def berter_figures(rows):
     return drop_empty(
         [
             {"title": "figure 1: SST alone, over epochs", "x": "epochs", "y": "SST accuracy", "curves": epochs},
-            {"title": "figure 2", "x": "learning rate", "y": "SST accuracy", "log": 10, "curves": rate},
-            {"title": "figure 3", "x": "examples in a batch", "y": "norm", "log": 2, "curves": batch},
-            {"title": "figure 4", "x": "dropout before the heads", "y": "norm", "curves": dropout},
+            {"title": "figure 2: learning rate", "x": "learning rate", "y": "SST accuracy", "log": 10, "curves": rate},
+            {"title": "figure 3: batch size", "x": "examples in a batch", "y": "norm", "log": 2, "curves": batch},
+            {"title": "figure 4: dropout", "x": "dropout before the heads", "y": "norm", "curves": dropout},
         ]
     )
 
@@ -177,7 +182,7 @@ def loss_curve(row, column):
     ]
     steps, values = ([pair[side] for pair in pairs] for side in (0, 1))
     smooth = [mean(values[max(0, k - 4) : k + 1]) for k in range(len(values))]
-    return {"x": steps, "y": smooth, "only": "line"}
+    return {"x": steps, "y": smooth}
 
 
 def smarter(rows):
@@ -206,7 +211,13 @@ def smarter(rows):
             {"title": "training loss of SST, a tenth of the rows", "x": "steps", "y": "cross entropy", "curves": train},
             {"title": "dev score of the same runs", "x": "passes over these rows", "y": "norm", "curves": dev},
             {"title": "training loss of SST by data split", "x": "steps", "y": "cross entropy", "curves": by_split},
-            {"title": "cosine between the tasks' gradients (PCGrad)", "x": "steps", "y": "cosine", "curves": cosines},
+            {
+                "title": "cosine of two tasks' gradients (PCGrad)",
+                "x": "steps",
+                "y": "cosine",
+                "curves": cosines,
+                "band": 0,
+            },
         ]
     )
 
@@ -219,7 +230,8 @@ def adaptations(rows):
         if len(row["metrics"]["last"]) == 3:  # a run of one task has another norm
             curves[name] = {"x": [(i + 1) / len(y) for i in range(len(y))], "y": y, "style": k - 1}
             trained = row["measured"]["trained"] / 1e6 if row["measured"] else None
-            dots[f"{name} ({trained:.2f} M)" if trained else name] = [(row["last"]["norm"], None)]
+            point = spread([row["last"]["norm"]], seed_noise("adaptations", "norm"))
+            dots[f"{name} ({trained:.2f} M)" if trained else name] = [point]
     dots = dict(sorted(dots.items(), key=lambda item: -item[1][0][0]))
     return drop_empty(
         [
@@ -231,8 +243,8 @@ def adaptations(rows):
 
 def score(rows):
     """The norm of each run, and of the ensemble."""
-    dots = {name: [(row["best"]["norm"], None)] for name, row in rows.items()}
-    return drop_empty([{"title": "dev score of the best recipe", "x": "norm", "dots": dots, "series": ["_norm"]}])
+    dots = {name: [norm_of([row])] for name, row in rows.items()}
+    return drop_empty([{"title": "best norm", "x": "norm", "dots": dots, "series": ["_norm"]}])
 
 
 # {group: function from its rows to panels}, and the titles of the pictures
@@ -247,14 +259,15 @@ PANELS = {
     "adaptations": adaptations,
     "score": score,
 }
+BARS = "bars: one standard deviation between seeds"
 TITLES = {
-    "berter-table2": "The twelve rows of BERTer's Table 2: dev score",
-    "exit-thresholds": "Early exit: dev score against layers, for five ways to train the exits",
-    "slf-ablation": "Training layer by layer, at equal compute",
-    "embedding-order": "Pair encodings: mean or [CLS] pooling (bars: standard deviation of the seeds)",
-    "smart-when": "What SMART adds to the dev score, over the training (grey: noise of one seed)",
-    "berter-figures": "BERTer's figures 1 to 4 (2 to 4: a quarter of an epoch)",
+    "berter-table2": f"The twelve rows of BERTer's Table 2: best dev score ({BARS})",
+    "exit-thresholds": "Early exit: dev score against layers and time, for five ways to train the exits",
+    "slf-ablation": f"Training layer by layer, at equal compute ({BARS})",
+    "embedding-order": f"Pair encodings: mean or [CLS] pooling ({BARS})",
+    "smart-when": "What SMART adds to the dev score; the legend names its tasks (grey: noise of one seed)",
+    "berter-figures": f"BERTer's figures 1 to 4; 2 to 4 after a quarter of an epoch ({BARS})",
     "smarter": "SMARTer BERT: SMART as a regulariser, data splits, gradient conflicts",
-    "adaptations": "Layer-level adaptations: dev score and trained parameters",
-    "score": "The best recipe: three seeds and their ensemble",
+    "adaptations": f"Layer-level adaptations: dev score and trained parameters ({BARS})",
+    "score": f"The best recipe: three seeds and their ensemble ({BARS})",
 }

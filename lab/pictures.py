@@ -38,19 +38,21 @@ def clean(axes, panel):
 
 
 def draw_curves(axes, panel):
-    """Draw the curves of a panel: {label: {x, y, errors, style, only}}.
+    """Draw the curves of a panel: {label: {x, y, errors, style, points}}.
 
-    `only` is "line", "points" or nothing for both; `band` of the panel is the half height of a grey band around 0.
+    `points` draws no line. A long curve has about eight markers, each curve at places of its own. `band` of the panel
+    is the half height of a grey band around 0, and draws a line at 0.
     """
-    if panel.get("band"):
+    if "band" in panel:
         axes.axhspan(-panel["band"], panel["band"], color=BAND, zorder=0)
+        axes.axhline(0, color="#7f7f7f", linewidth=0.8, zorder=1)
     for k, (label, curve) in enumerate(panel["curves"].items()):
         color, line, marker = STYLES[curve.get("style", k) % len(STYLES)]
         options = {"color": color, "linestyle": line, "marker": marker, "markersize": 4, "linewidth": 1.4}
-        if curve.get("only") == "points":
+        every = max(1, len(curve["x"]) // 8)
+        options["markevery"] = (k * every // len(panel["curves"]), every)
+        if curve.get("points"):
             options |= {"linestyle": "", "markersize": 9, "markerfacecolor": "none", "markeredgewidth": 1.6}
-        if curve.get("only") == "line":
-            options["marker"] = ""
         axes.errorbar(curve["x"], curve["y"], curve.get("errors"), label=label, capsize=2, **options)
     if panel.get("log"):
         axes.set_xscale("log", base=panel["log"])
@@ -75,6 +77,7 @@ def draw_dots(axes, panel):
             axes.errorbar(values, rows, xerr=bars, label=series, **options)
     axes.set_yticks(range(len(labels)), labels)
     axes.set_ylim(len(labels) - 0.5, -0.5)  # the first label on top
+    axes.locator_params(axis="x", nbins=6)  # more tick labels would touch each other
     clean(axes, panel)
 
 
@@ -89,13 +92,13 @@ def draw(path, panels, title):
     # a line of dots needs .27 inches; curves need 2.9
     heights = [max(0.9 + 0.27 * len(one["dots"]) if "dots" in one else 2.9 for one in line) for line in lines]
     figure = Figure(figsize=(INCHES, sum(heights) + 0.7), layout="constrained", dpi=DPI)
-    grid = figure.subplots(len(lines), columns, squeeze=False, gridspec_kw={"height_ratios": heights}).flat
+    grid = list(figure.subplots(len(lines), columns, squeeze=False, gridspec_kw={"height_ratios": heights}).flat)
     handles = {}
     for axes, panel in zip(grid, panels, strict=False):
         (draw_dots if "dots" in panel else draw_curves)(axes, panel)
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
-    for axes in list(grid)[len(panels) :]:
+    for axes in grid[len(panels) :]:
         axes.set_visible(False)
     figure.suptitle(title, fontsize=11)
     if handles:
@@ -116,13 +119,13 @@ def draw_sweep(path, results):
             ("milliseconds per example", lambda row: 1000 / float(row["examples_per_second"])),
         ):
             curves = {}
-            for label, chosen, only in (
-                ("one threshold for all rows, .5 to .999", lambda s: s not in ("full depth", "auto"), None),
-                ("full depth", lambda s: s == "full depth", "points"),
-                ("chosen thresholds", lambda s: s == "auto", "points"),
+            for label, chosen in (
+                ("one threshold for all rows, .5 to .999", lambda s: s not in ("full depth", "auto")),
+                ("full depth", lambda s: s == "full depth"),
+                ("chosen thresholds", lambda s: s == "auto"),
             ):
                 points = sorted((read(row), float(row["score"])) for row in mine if chosen(row["setting"]))
-                curves[label] = {"x": [p[0] for p in points], "y": [p[1] for p in points], "only": only}
+                curves[label] = {"x": [p[0] for p in points], "y": [p[1] for p in points], "points": len(points) == 1}
             task = "all tasks" if name == "all" else name
             panels.append({"title": task, "x": x, "y": mine[0]["metric"], "curves": curves})
     draw(results / "sweep.png", panels, "Early exit: dev score against layers and time")

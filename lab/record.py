@@ -15,7 +15,7 @@ from pathlib import Path
 
 from files import write_whole
 from flags import parse_flags, recorded_flags
-from lab.rows import GROUPS, command_of, slug
+from lab.rows import GROUPS, command_of, recipe_of, slug
 from runs import FORMAT, FREE_FLAGS
 from tasks import TASKS
 
@@ -144,10 +144,26 @@ def write_row(path, row):
 
 
 def load_rows(group, results=RESULTS):
-    """The recorded rows of a group, in the order of its table: {name: row}. Rows that were not run are left out."""
-    content, place = GROUPS[group], Place(results=results)
-    paths = {name: place.record(group, name) for name in (*content.rows, *content.removed)}
-    return {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
+    """The recorded rows of a group, in the order of its table: {name: row}.
+
+    A row that was not run is left out, and one that was recorded with another command than today's. A check run adds
+    flags at the end of a command.
+    """
+    content, place, rows = GROUPS[group], Place(results=results), {}
+    for name in (*content.rows, *content.removed):
+        path, today = place.record(group, name), command_of(group, name) if name in content.rows else []
+        row = json.loads(path.read_text()) if path.exists() else None
+        if row and row["command"].split()[: len(today)] == today:
+            rows[name] = row
+    return rows
+
+
+def recipes(rows):
+    """Rows that differ in the seed alone: {recipe: [row, ...]} from {name: row}."""
+    result = {}
+    for name, row in rows.items():
+        result.setdefault(recipe_of(name), []).append(row)
+    return result
 
 
 def read_sweep(folder):

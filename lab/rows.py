@@ -13,7 +13,7 @@ PEER, ENSEMBLE = "lab.peer", "lab.ensemble"
 # the flags of every run: the small weights, which every reader can download
 COMMON = "--weights minilm --precision bf16"
 # columns of most tables
-SCORES, MINUTES = ("sst", "para", "sts", "norm"), ("train min", "eval min")
+SCORES, COST = ("sst", "para", "sts", "norm"), ("train s", "eval s", "MiB")
 # the flags that a group's scale multiplies: they are all that is measured in epochs, and can be a fraction
 SCALED = ("--epoch_size", "--slf_epochs", "--gradual_unfreezing")
 
@@ -26,10 +26,9 @@ class Group:
     another program of lab/;
     `removed` is {name: flags} of runs that today's program cannot repeat: their recorded numbers stay in the table.
     `blocks` is {title: flags}: they count for the rows whose names start with the title and a colon. `scale`
-    multiplies the length of every run alike, so that a table fits into the time that there is. `baseline` is the row
-    that the others are compared with; `columns` are names of pages.COLUMNS; `paper` is {row: {column: number}} of the
-    paper's table. `answer` are typed sentences with fields like {rows[Baseline][last][norm]:.3f}, from the
-    rows in `answer_needs`. `note` are sentences below the table.
+    multiplies the length of every run alike, so that a table fits into the time that there is. `baseline` is the
+    recipe that the others are compared with; `columns` are names of tables.COLUMNS; `paper` is
+    {row: {column: number}} of the paper's table; `note` are sentences below the table.
     """
 
     flags: str
@@ -39,10 +38,8 @@ class Group:
     blocks: dict = field(default_factory=dict)
     scale: float = 1.0
     baseline: str = ""
-    columns: tuple = ("sst", "para", "sts", "norm", "best norm", "train min")
+    columns: tuple = ("sst", "cfimdb", "para", "sts", "norm", "raw", "best norm", "Quora positive", *COST)
     paper: dict = field(default_factory=dict)
-    answer: str = ""
-    answer_needs: tuple = ()
     note: str = ""
 
 
@@ -51,9 +48,14 @@ def slug(name):
     return re.sub("[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
+def recipe_of(name):
+    """A row's name without its seed. Rows of one recipe differ in the seed alone."""
+    return name.partition(", seed ")[0]
+
+
 def split_name(name):
     """A row's block (empty if it has none), recipe and seed number: "a: b, seed 2" is ("a", "b", 2)."""
-    recipe, _, seed = name.partition(", seed ")
+    recipe, seed = recipe_of(name), name.partition(", seed ")[2]
     block, colon, rest = recipe.partition(": ")
     return block if colon else "", rest if colon else recipe, int(seed or 1)
 
@@ -266,7 +268,7 @@ BERTER_TABLE_2 = Group(
     blocks={"best recipe": f"--pooling mean {CONCAT} --para_loss bce --sampler random"},
     paper=BERTER_PAPER,
     baseline="Baseline",
-    columns=(*SCORES, "best norm", "Quora positive", "norm with exits", "layers", "stages", *MINUTES),
+    columns=(*SCORES, "best norm", "Quora positive", "norm with exits", "layers", "stages", *COST),
     note="All rows train on equally many examples: SLF spends half of them on stage 1, and Smart Alternating cuts its "
     "part into twelve phases. `paper: norm` is computed from the paper's three scores, because most of its printed dev "
     "scores do not follow from them. `paper: h:min` is the paper's training time, for bert-base on a T4 GPU.",
@@ -281,25 +283,12 @@ EXIT_TRAINING = {
     "two stage": "--exit_loss two_stage --epochs 1",
     "self-distilled": "--exit_loss distilled",
 }
-CHOSEN = "rows[joint][measured][exits][chosen][auto][2]"
-ORACLE = "rows[joint][measured][exits][oracle]"
-EXIT_ANSWER = (
-    "With jointly trained exits (seed 1) and thresholds that may lose half a percent of the norm, dev rows use "
-    f"{{{CHOSEN}[layers]:.2f}} layers on average and reach {{{CHOSEN}[norm]:.3f}}; full depth reaches "
-    "{rows[joint][best][norm]:.3f}. The balance differs by task: "
-    f"SST uses {{{CHOSEN}[tasks][sst][layers]:.2f}} layers, Quora {{{CHOSEN}[tasks][para][layers]:.2f}}, "
-    f"STS {{{CHOSEN}[tasks][sts][layers]:.2f}}. An oracle would reach SST accuracy "
-    f"{{{ORACLE}[sst][score]:.3f}} with {{{ORACLE}[sst][layers]:.2f}} layers, and Quora accuracy "
-    f"{{{ORACLE}[para][score]:.3f}} with {{{ORACLE}[para][layers]:.2f}}. "
-)
 EXIT_THRESHOLDS = Group(
     "--early_exit --pooling mean --epochs 2 --epoch_size 1 --batch_size 16 --seed 1",
     EXIT_TRAINING | more_seeds(EXIT_TRAINING, ("joint",), (2,)),
     question="How many layers does early exit save at which loss of score, and does the balance differ by task?",
     baseline="joint",
-    columns=(*SCORES, "best norm", "norm with exits", "layers", "oracle's layers", *MINUTES),
-    answer=EXIT_ANSWER,
-    answer_needs=("joint",),
+    columns=(*SCORES, "best norm", "norm with exits", "layers", "oracle's layers", *COST),
 )
 # Equal compute: a run costs as many layer passes as two epochs of plain training (forward 1, backward 2, per layer and
 # token; measure.training_cost counts them). Stage 1 of SLF trains layer i with i passes forward and 2 backward, 33 for
@@ -318,7 +307,7 @@ SLF_ABLATION = Group(
     SLF_ABLATION_ROWS | more_seeds(SLF_ABLATION_ROWS, SLF_ABLATION_ROWS, (2,)),
     question="Is Sequential Layer Focus better than other ways to train layer by layer, at equal compute?",
     baseline="last exit alone",
-    columns=(*SCORES, "best norm", "norm with exits", "layers", "compute", *MINUTES),
+    columns=(*SCORES, "best norm", "norm with exits", "layers", "compute", *COST),
     note="All rows cost as many layer passes as two epochs of plain training. Stage 1 keeps no model, so `stage 1 "
     "only` has a stage 2 of one batch a task.",
 )
@@ -339,7 +328,7 @@ EMBEDDING_ORDER = Group(
     question="Does it help to embed the two texts of a pair apart, before they are joined?",
     blocks={"mean": "", "cls": ""},
     baseline="concat",
-    columns=("para", "sts", "norm", "best norm", "Quora positive", *MINUTES),
+    columns=("para", "sts", "norm", "best norm", "Quora positive", *COST),
     note="`concat` joins the texts before the embedding, as BERT does; `embed_concat` is what BERTer's section 3.4 "
     "proposes; `siamese` encodes each text alone. MiniLM was tuned on pairs with siamese mean pooling.",
 )
@@ -361,7 +350,7 @@ SMART_WHEN = Group(
     question="Does SMART help at first and stop to help later, and on which task?",
     blocks={"a tenth of the rows": ""},
     baseline="no SMART",
-    columns=(*SCORES, "best norm", "Quora positive", *MINUTES),
+    columns=(*SCORES, "best norm", "Quora positive", *COST),
 )
 
 # --- the figures of the papers ------------------------------------------------------------------------------------
@@ -378,7 +367,7 @@ BERTER_FIGURES = Group(
     },
     question="Which learning rate, batch size, dropout and number of epochs are good (BERTer, figures 1 to 4)?",
     baseline="lr 1e-4, batch 16, dropout 0.3",
-    columns=(*SCORES, "best norm", "Quora positive", *MINUTES),
+    columns=(*SCORES, "best norm", "Quora positive", *COST),
 )
 # equally many examples under every split; full has 28,753 in an epoch, equal 23,128, proportional 17,444
 SMARTER = Group(
@@ -397,7 +386,7 @@ SMARTER = Group(
     },
     question="Does Gaussian SMART regularise, and do the gradients of the tasks conflict (SMARTer BERT)?",
     blocks={"learning curves": "", "splits": "", "surgery": ""},
-    columns=(*SCORES, "best norm", "train sst", "Quora positive", *MINUTES),
+    columns=(*SCORES, "best norm", "train sst", "Quora positive", *COST),
     note="The learning curves train on a tenth of the rows, eight times. The splits train on equally many examples. "
     "Gradient surgery takes one batch of every task in each step, so it takes fewer steps than the splits' rows.",
 )
@@ -416,7 +405,7 @@ ADAPTATIONS = Group(
     },
     question="How do adapters compare with fine-tuning of all parameters (layer-level adaptations, table 1)?",
     baseline="baseline",
-    columns=(*SCORES, "best norm", "trained", *MINUTES),
+    columns=(*SCORES, "best norm", "trained", *COST),
     note="The paper trained bert-base at a learning rate of 1e-3 for ten epochs. Untrained heads cannot be scored, so "
     "the plain row has SST alone.",
     paper={
@@ -433,7 +422,7 @@ SCORE = Group(
     RECIPE | {"ensemble of three seeds": f"-m {ENSEMBLE} {' '.join(map(slug, RECIPE))}"},
     question="What do three models of the best recipe score, alone and as an ensemble?",
     baseline="best recipe",
-    columns=(*SCORES, "best norm", "Quora positive", *MINUTES),
+    columns=(*SCORES, "best norm", "Quora positive", *COST),
 )
 GROUPS = {
     "core": CORE,

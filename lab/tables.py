@@ -1,91 +1,17 @@
-"""The tables of results/ in Markdown, made of the rows that experiments.py records."""
+"""The tables of results/ in Markdown: columns, notes and cells, made of the recorded rows and of nothing else."""
+
+from statistics import mean, stdev
 
 from files import write_whole
+from lab.numbers import against_baseline, follow
+from lab.record import recipes
+from lab.rows import GROUPS, command_of, own_words
 from tasks import TASKS
 
 
 def markdown(head, lines):
     """A table from its column names and the cells of its lines."""
     return [f"| {' | '.join(head)} |", "|" + "---|" * len(head), *(f"| {' | '.join(cells)} |" for cells in lines)]
-
-
-def commit_list(rows):
-    """The commits that the runs were trained at."""
-    return ", ".join(sorted({row["commit"] for row in rows}))
-
-
-def score_table(common, group, rows):
-    """A group's table: scores, cost and flags of every row, and below it what the columns mean.
-
-    `common` are the flags of all groups, `group` an experiments.Group.
-    """
-    tasks = [task for task in TASKS if any(task in row["last"] for row in rows)]
-    head = ["run", *tasks, "norm", "raw", "best norm", "Quora positive", "train s", "eval s", "MiB", "flags"]
-    lines = []
-    for row in rows:
-        numbers = [row["last"].get(task) for task in tasks] + [row["last"]["norm"], row["last"]["raw"]]
-        numbers += [row["best"]["norm"], row["positive_rate"]]
-        cells = ["" if x is None else f"{x:.3f}" for x in numbers]
-        cells += [f"{row['train_seconds']:.0f}", f"{row['eval_seconds']:.0f}", f"{row['peak_mib'] or ''}"]
-        name = row["name"]
-        flags = f"`{group.removed[name]}` (flag removed)" if name in group.removed else f"`{group.rows[name]}`"
-        lines.append([name, *cells, flags if flags != "``" else ""])
-    first, peers = rows[0], any(row["command"].startswith("-m lab.peer ") for row in rows)
-    notes = (
-        "Dev scores after the last epoch. `best norm` is the highest norm of any epoch, so it was chosen on the same "
-        "dev data. `Quora positive` is the share of pairs that the best model calls paraphrases. MiB is the largest "
-        "memory of the process. The machine was shared with other work, so the seconds are no benchmark.\n\n"
-        f"Every run{' except those of lab.peer' if peers else ''} uses these flags: `{common} {group.flags}`. The last "
-        "column adds flags or overrides them."
-    )
-    if any(row["name"] in group.removed for row in rows):
-        notes += ' "Flag removed": the row was measured with a flag that the program no longer has.'
-    notes += (
-        f" Device {first['device']}, {first['threads']} thread{'s' * (first['threads'] > 1)}, torch {first['torch']}; "
-        f"commits {commit_list(rows)}."
-    )
-    sweeps = [sweep_note(row) for row in rows if row.get("sweep")]
-    return "\n".join([*markdown(head, lines), "", notes, *(line for note in sweeps for line in ("", note))]) + "\n"
-
-
-def sweep_note(row):
-    """Describe what the chosen thresholds of a run's exits gain and cost."""
-    full, chosen = row["sweep"]["full depth"], row["sweep"]["auto"]
-    return (
-        f"{row['name']}: thresholds that were chosen without the dev rows that they are scored on give norm "
-        f"{chosen['score']:.4f} against {full['score']:.4f} at full depth ({chosen['score'] / full['score']:.1%}). "
-        f"They use {chosen['mean_layers']:.2f} layers instead of {full['mean_layers']:.2f} "
-        f"({chosen['mean_layers'] / full['mean_layers']:.0%}) and predict "
-        f"{chosen['examples_per_second'] / full['examples_per_second']:.2f} times as many examples a second. With a "
-        f"threshold of .999 the mean is {row['sweep']['0.999']['mean_layers']:.2f} layers."
-    )
-
-
-def comparison_table(rows):
-    """The comparisons with transformers, or an empty text if there are none."""
-    lines = []
-    for row in rows:
-        mean = row.get("mean_against_peer", {})
-        recipe = row["name"].partition(", seed ")[0]
-        for name, result in (
-            (row["name"], row.get("against_peer")),
-            (f"{recipe}, mean of {mean.get('runs')} seeds", mean),
-        ):
-            if result:
-                interval = f"{result['low']:+.4f} to {result['high']:+.4f}"
-                lines.append([name, f"{result['difference']:+.4f}", interval, f"{result['not_better']:.1%}"])
-    if not lines:
-        return ""
-    peers = sum(row["name"].startswith("transformers, seed ") for row in rows)
-    head = ["run", "difference", "95% interval", "not better in"]
-    note = (
-        f"`difference` is the run's norm minus the mean norm of transformers' {peers} seed{'s' * (peers > 1)}, all at "
-        "their best epochs. The interval and the last column come from a paired bootstrap: 10,000 times, dev rows are "
-        "drawn with replacement, the same rows for both sides, and the difference is computed again. The last column "
-        "is the share of these differences that are not above 0. The runs stay the same, so the interval does not "
-        "cover other seeds."
-    )
-    return "\n".join([*markdown(head, lines), "", note]) + "\n"
 
 
 def replace_between(path, name, content):
@@ -97,3 +23,133 @@ def replace_between(path, name, content):
     if not (has_start and has_end):
         before, after = (f"{old.rstrip()}\n\n" if old else ""), ""
     write_whole(path, before + start + content + end + after)
+
+
+# --- columns ------------------------------------------------------------------------------------------------------
+
+
+def at(path):
+    """The function that reads a number of a row, None if it is not there."""
+    return lambda row: follow(row, path)
+
+
+def oracle_layers(row):
+    """The oracle's mean number of layers over the tasks."""
+    oracle = follow(row, "measured/exits/oracle")
+    return mean(one["layers"] for one in oracle.values()) if oracle else None
+
+
+def stages(row):
+    """The stages of Smart Alternating in the order of the epochs, as letters."""
+    phases = [phase["phase"] for phase in row.get("phases", ())]
+    return "".join(letter for phase in phases for letter in "AB" if f"stage {letter} (" in phase)
+
+
+# {column: (format, function of a recorded row, what it is)}; cells of three decimals show the spread over the seeds
+COLUMNS = {
+    **{task: (".3f", at(f"last/{task}"), "") for task in TASKS},
+    "norm": (".3f", at("last/norm"), ""),
+    "raw": (".3f", at("last/raw"), ""),
+    "best norm": (".3f", at("best/norm"), "is the highest norm of any phase, so it was chosen on the same dev data"),
+    "train sst": (".3f", at("measured/train_scores/sst"), "is the accuracy of the kept model on 1,000 training rows"),
+    "Quora positive": (
+        ".3f",
+        at("positive_rate"),
+        "is the share of pairs that the kept model calls paraphrases (labels: .378)",
+    ),
+    "norm with exits": (
+        ".3f",
+        at("exits/cross_fitted_norm/exit"),
+        "is the norm of the kept model where rows leave early, with thresholds that their part of dev did not choose",
+    ),
+    "layers": (".2f", at("exits/cross_fitted_layers"), "is the mean number of layers that these rows use"),
+    "oracle's layers": (
+        ".2f",
+        oracle_layers,
+        "is that number if each row left at its first exit that no other exit beats",
+    ),
+    "stages": ("", stages, "are those of Smart Alternating, A for the last exit and B for all exits"),
+    "compute": (".2f", at("measured/compute"), "counts layer passes (forward 1, backward 2), in epochs of training"),
+    "trained": (",.0f", at("measured/trained"), "is the number of parameters that train"),
+    "train s": (".0f", at("train_seconds"), ""),
+    "eval s": (".0f", at("eval_seconds"), ""),
+    "MiB": (".0f", at("peak_mib"), "is the largest memory of the process"),
+}
+PAPER_COLUMNS = ("sst", "para", "sts", "norm", "printed", "h:min")
+DIFFERENCE = (
+    "`difference` is the norm minus that of the baseline ({baseline}), ± half of a 95% interval, which covers other "
+    "seeds and, where report had the dev labels, other dev rows. "
+)
+
+
+def cell(values, form):
+    """The text of a cell: the mean of the seeds, for scores with their standard deviation."""
+    values = [value for value in values if value is not None]
+    if not values:
+        return ""
+    if isinstance(values[0], str):
+        return values[0]
+    spread = f" ± {stdev(values):{form}}" if form == ".3f" and len(values) > 1 else ""
+    return f"{mean(values):{form}}{spread}"
+
+
+def flags_cell(group, name):
+    """The flags of a recipe, without the seed."""
+    removed, words = GROUPS[group].removed.get(name), []
+    if removed:
+        return f"`{removed}` (flag removed)"
+    words = own_words(group, name)
+    if "--seed" in words:
+        at = words.index("--seed")
+        words = words[:at] + words[at + 2 :]
+    return f"`{' '.join(words)}`" if words else ""
+
+
+def comparable_differences(group, source):
+    """The norm of each recipe minus its baseline's, {recipe: Number}; a run of other tasks has another norm."""
+    ours, result = recipes(source.load(group)), {}
+    for name, words in against_baseline(group).items():
+        number = source.number(words)
+        if number and set(ours[name][0]["last"]) == set(ours[words[4]][0]["last"]):
+            result[name] = number
+    return result
+
+
+def table(group, source):
+    """The column names and the cells of a group's table: a line for each recipe."""
+    content, rows = GROUPS[group], source.load(group)
+    ours, differences = recipes(rows), comparable_differences(group, source)
+    columns = [key for key in content.columns if any(COLUMNS[key][1](row) not in (None, "") for row in rows.values())]
+    papers = [key for key in PAPER_COLUMNS if any(key in one for one in content.paper.values())]
+    head = ["run", "seeds", *columns, *["difference"] * bool(differences)]
+    head += [*(f"paper: {key}" for key in papers), "flags"]
+    lines = []
+    for recipe, names in recipes({name: name for name in (*content.rows, *content.removed)}).items():
+        runs = ours.get(recipe, [])
+        cells = [cell([COLUMNS[key][1](row) for row in runs], COLUMNS[key][0]) for key in columns]
+        cells += [f"{differences.get(recipe, '')}"] * bool(differences)
+        cells += [cell([content.paper.get(recipe, {}).get(key)], ".3f") for key in papers]
+        lines.append([recipe, f"{len(runs)}" if runs else "not run", *cells, flags_cell(group, names[0])])
+    return head, lines
+
+
+def caption(group, rows, head):
+    """What the columns mean, the common flags, the budget, and where the rows were trained."""
+    content = GROUPS[group]
+    text = f"{content.note} ".lstrip() + "Dev scores after the last phase: mean ± standard deviation of the seeds. "
+    text += "".join(f"`{key}` {COLUMNS[key][2]}. " for key in head if COLUMNS.get(key, ("", "", ""))[2])
+    text += DIFFERENCE.format(baseline=content.baseline) if "difference" in head else ""
+    text += "The machine was shared with other work, so the seconds are no benchmark. " if "train s" in head else ""
+    text = text.rstrip() + "\n\n"
+    others = sorted({command.split()[1] for command in content.rows.values() if command.startswith("-m ")})
+    text += f"Every run{' except those of ' + ', '.join(others) if others else ''} uses these flags: "
+    text += f"`{' '.join(command_of(group, None)[1:])}`. The last column adds flags or overrides them."
+    if content.removed:
+        text += ' "Flag removed": the row was measured with a flag that the program no longer has.'
+    if content.scale != 1:
+        text += f" All rows have {content.scale:g} of the planned length. The flags show the shortened lengths."
+    if rows:
+        first, commits = next(iter(rows.values())), ", ".join(sorted({row["commit"] for row in rows.values()}))
+        text += f" Device {first['device']}, {first['threads']} thread{'s' * (first['threads'] > 1)}, "
+        text += f"torch {first['torch']}; commits {commits}."
+    return text

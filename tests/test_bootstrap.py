@@ -5,7 +5,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from lab.bootstrap import METRICS, paired_bootstrap
+from lab.compare import METRICS, paired_bootstrap
 from tasks import TASKS
 
 

@@ -14,7 +14,8 @@ import multitask_classifier
 from early_exit import AllExits
 from errors import InputError
 from flags import check_flags, parse_flags
-from lab import compare, ensemble, experiments, measure, pages, panels, peer, record, tables
+from lab import compare, ensemble, experiments, measure, pages, panels, peer, record, sections, tables
+from lab.numbers import Source, against_baseline
 from lab.record import Place, load_rows, read_row, write_row
 from lab.rows import GROUPS, command_of, slug, split_name
 from methods import per_task
@@ -22,8 +23,7 @@ from runs import FORMAT
 from tasks import build_tasks
 
 ROWS = [(group, name) for group, content in GROUPS.items() for name in content.rows]
-# the project's own tables stand between markers in typed pages; those of the experiments are whole pages
-OWN = [group for group, content in GROUPS.items() if not content.question]
+# the tables of the older groups stand between markers in typed pages; those of the experiments are whole pages
 EXPERIMENTS = [group for group, content in GROUPS.items() if content.question]
 
 
@@ -76,29 +76,37 @@ def test_further_seeds_come_last():
         experiments.choose_rows(SimpleNamespace(groups=["core"], only=["nothing"]))
 
 
-@pytest.mark.parametrize("group", OWN)
-def test_the_committed_tables_are_made_from_the_committed_rows(group, tmp_path):
-    """Without any run every table of results/ follows from its rows' files, where each row has today's command."""
-    content, recorded = GROUPS[group], list(load_rows(group).values())
-    assert [row["name"] for row in recorded] == [*content.rows, *content.removed]
-    for row in recorded:
-        today = row["name"] in content.rows and " ".join(command_of(group, row["name"]))
-        assert row["name"] in content.removed or row["command"] == today
-    assert experiments.collect(group, [*content.rows, *content.removed], Place(tmp_path)) == recorded
-    for name, text in experiments.tables(group, recorded).items():
-        assert f"<!-- table -->\n{text}<!-- end table -->\n" in (record.RESULTS / name).read_text(), name
+@pytest.mark.parametrize("group", GROUPS)
+def test_every_recorded_row_is_in_its_table(group, tmp_path):
+    """Each recorded file has the name and today's command of a row; the older groups have all their rows."""
+    content, recorded = GROUPS[group], load_rows(group)
+    names = [*content.rows, *content.removed]
+    assert len(recorded) == len(list((record.RESULTS / "rows" / group).glob("*.json")))
+    assert content.question or list(recorded) == names
+    for name, row in recorded.items():
+        assert row["name"] == name and (name in content.removed or row["command"] == " ".join(command_of(group, name)))
+    assert experiments.collect(group, names, Place(tmp_path)) == list(recorded.values())
+
+
+def test_a_row_of_another_command_is_left_out(tmp_path):
+    """A check run's flags at the end of the command do not matter."""
+    for name, command in {"PCGrad": " --epochs 1", "SGD": "other"}.items():
+        words = " ".join(command_of("methods", name)) + command if command != "other" else command
+        write_row(Place(results=tmp_path).record("methods", name), {"name": name, "command": words})
+    assert list(load_rows("methods", tmp_path)) == ["PCGrad"]
 
 
 def test_report_writes_the_committed_files_again(tmp_path):
     """Pages and CSVs byte for byte, pictures by size and pixels, from a copy of results/ and nothing else."""
     results = shutil.copytree(record.RESULTS, tmp_path / "results")
-    made = [name for group in EXPERIMENTS for name in (f"{group}.md", f"{group}.csv")]
+    made = [f"{group}.csv" for group in GROUPS] + [f"{group}.md" for group in EXPERIMENTS]
     made += ["exit-thresholds-sweep.csv", "FINDINGS.md"]
     pictures = [name for name in (*(f"{group}.png" for group in EXPERIMENTS), "sweep.png", "sweep-norm.png")]
     pictures = [name for name in pictures if (record.RESULTS / name).exists()]
     for name in (*made, *pictures):
         (results / name).unlink()
     experiments.report(results)
+    assert {path.name for path in results.glob("*.*")} == {path.name for path in record.RESULTS.glob("*.*")}
     for path in results.glob("*.*"):
         committed = record.RESULTS / path.name
         if path.suffix == ".png":
@@ -153,13 +161,21 @@ def write_run(folder, words, version=FORMAT, **changed):
     (folder / "summary.json").write_text(json.dumps(summary))
 
 
+def source_of(rows):
+    """A Source of hand-made rows, {group: {name: row}}."""
+    return Source(lambda group: rows.get(group, {}), {})
+
+
 def test_a_row_is_read_from_the_files_of_its_run(tmp_path):
     group, name = "methods", "PCGrad"
     write_run(Place(tmp_path).run(group, name), command_of(group, name)[1:])
     row = read_row(group, name, Place(tmp_path))
     assert (row["last"]["norm"], row["best"]["norm"], row["last"]["sts"]) == (0.72, 0.73, 0.66)
-    line = experiments.tables(group, [row])["methods.md"].splitlines()[2]
-    assert line == "| PCGrad | 0.500 | 0.660 | 0.720 | 0.610 | 0.730 | 0.250 | 12 | 4 | 9 | `--gradients pcgrad` |"
+    head, lines = tables.table(group, source_of({group: {name: row}}))
+    [line] = [line for line in lines if line[0] == name]
+    assert head[2:] == ["sst", "sts", "norm", "raw", "best norm", "Quora positive", "train s", "eval s", "MiB", "flags"]
+    numbers = ["0.500", "0.660", "0.720", "0.610", "0.730", "0.250", "12", "4", "9"]
+    assert line[1:] == ["1", *numbers, "`--gradients pcgrad`"]
 
 
 def test_a_sweep_is_described_below_the_table(tmp_path):
@@ -167,14 +183,14 @@ def test_a_sweep_is_described_below_the_table(tmp_path):
     group, name = "exits", "SLF + early exit"
     write_run(Place(tmp_path).run(group, name), command_of(group, name)[1:])
     row = read_row(group, name, Place(tmp_path))
-    assert "times as many" not in experiments.tables(group, [row])["exits.md"]
+    assert sections.sweep_notes({name: row}) == []
     lines = ["setting,task,score,mean_layers,examples_per_second", "full depth,sst,0.1,1,1", "full depth,all,0.8,6,100"]
     lines += ["0.999,all,0.8,5.9,99", "auto,all,0.72,3,150"]
     folder = Place(tmp_path).run(group, name) / "evaluate"
     folder.mkdir()
     (folder / "sweep.csv").write_text("\n".join(lines) + "\n")
     row = read_row(group, name, Place(tmp_path))
-    note = experiments.tables(group, [row])["exits.md"].splitlines()[-1]
+    note, _ = sections.sweep_notes({name: row})
     assert "norm 0.7200 against 0.8000 at full depth (90.0%)" in note
     assert "3.00 layers instead of 6.00 (50%) and predict 1.50 times as many" in note
     assert note.endswith("With a threshold of .999 the mean is 5.90 layers.")
@@ -275,7 +291,7 @@ def test_seeds_are_compared_one_by_one_and_together(tmp_path):
     assert result["low"] < 0.25 < result["high"] and first["against_peer"]["not_better"] == 0
     assert "mean_against_peer" not in first and "mean_against_peer" not in third
     assert all(row.keys() == {"name"} for row in others)
-    text = tables.comparison_table(rows)
+    text = sections.comparison_table({row["name"]: row for row in rows})
     assert len([line for line in text.splitlines() if line.startswith(("| a", "| b"))]) == 4
     assert "mean norm of transformers' 2 seeds" in text and "| a, mean of 2 seeds | +0.5000 |" in text
 
@@ -283,7 +299,7 @@ def test_seeds_are_compared_one_by_one_and_together(tmp_path):
 def test_without_transformers_nothing_is_compared(tmp_path):
     rows = [{"name": "a, seed 1"}, {"name": "a, seed 2"}]
     compare.compare_seeds(rows, tmp_path)
-    assert tables.comparison_table(rows) == "" and rows[0] == {"name": "a, seed 1"}
+    assert sections.comparison_table({row["name"]: row for row in rows}) == "" and rows[0] == {"name": "a, seed 1"}
 
 
 def test_a_recorded_comparison_stays_without_predictions(tmp_path):
@@ -323,11 +339,12 @@ def make_row(group, name, rng):
     row |= {"positive_rate": 0.4, "train_seconds": 90.0, "eval_seconds": 30.0, "peak_mib": 2000, "exits": None}
     names = tasks[:1] if "--tasks sst" in row["command"] else tasks
     row["metrics"] = {"last": dict.fromkeys(names, {}), "best": {"sst": {"confusion": np.eye(5, dtype=int).tolist()}}}
-    row["phases"] = [{"phase": f"epoch 1/4, stage {letter} (all exits)", **scores()} for letter in "AABA"]
-    row["losses"] = {"step": [50, 100], "sst loss": [1.5, 1.2], "cosine sst-para": [0.1, None]}
-    row["measured"] = {"trained": 1000, "compute": 2.0}
+    row["phases"] = [{"phase": f"epoch 1/4, stage {letter} (all exits)", **scores()} for letter in "AABAABAA"]
+    row["losses"] = {"step": [50, 100], "sst loss": [1.5, 1.2]}
+    row["losses"] |= {f"cosine {pair}": [0.1, None] for pair in ("sst-para", "sst-sts", "para-sts")}
+    row["measured"] = {"trained": 1000, "compute": 2.0, "train_scores": {"sst": 0.6}}
     if "--early_exit" in words:
-        row["exits"] = {"cross_fitted_norm": {"exit": 0.7}, "cross_fitted_layers": 3.5}
+        row["exits"] = {"cross_fitted_norm": {"exit": 0.7, "full": 0.71}, "cross_fitted_layers": 3.5}
         kinds = {"sst": ("confidence", "lte"), "para": ("confidence", "lte"), "sts": ("lte",)}
         curves = {t: {kind: [point(threshold=x) for x in (0.5, 1.01)] for kind in kinds[t]} for t in tasks}
         chosen = [
@@ -343,18 +360,23 @@ def test_an_experiment_has_a_page(group):
     """The question on top, a line for each recipe, the numbers of the runs, the answer, and something to draw."""
     rng = np.random.default_rng(0)
     rows = {name: make_row(group, name, rng) for name in GROUPS[group].rows}
-    text = pages.page(group, rows)
+    text = pages.page(group, source_of({group: rows}))
     assert text.startswith(f"# {GROUPS[group].question}\n") and "not run" not in text.replace("Not run", "")
     recipes = [name for name in GROUPS[group].rows if split_name(name)[2] == 1]
     lines = [line for line in text.splitlines() if line.startswith("| ")]
     assert all(sum(line.startswith(f"| {name.partition(', seed ')[0]} |") for line in lines) == 1 for name in recipes)
     assert len(pages.numbers_csv(group, rows).splitlines()) == 1 + len(rows)
     assert panels.PANELS[group](rows) and panels.TITLES[group]
+    answer = pages.answer(group, source_of({group: rows}))
+    # all typed sentences have their numbers
+    assert len(answer) >= len(pages.ANSWERS[group]["text"]) and "not run" not in " ".join(answer)
+    rows.popitem()
+    assert f"1 of {len(GROUPS[group].rows)} rows were not run" in pages.answer(group, source_of({group: rows}))[-1]
 
 
 @pytest.mark.parametrize("group", EXPERIMENTS)
 def test_a_row_that_was_not_run_is_marked(group):
-    text = pages.page(group, {})
+    text = pages.page(group, source_of({}))
     assert text.count("| not run |") == sum(split_name(name)[2] == 1 for name in GROUPS[group].rows)
     assert "Not answered: no row of this table was run." in text and panels.PANELS[group]({}) == []
 
@@ -362,7 +384,7 @@ def test_a_row_that_was_not_run_is_marked(group):
 def test_the_page_of_the_score_has_confusion_matrix_and_comparisons():
     row = make_row("score", "ensemble of three seeds", np.random.default_rng(0))
     row["measured"]["against"] = {"their mean": {"difference": 0.01, "low": -0.001, "high": 0.02, "not_better": 0.04}}
-    text = pages.page("score", {row["name"]: row})
+    text = pages.page("score", source_of({"score": {row["name"]: row}}))
     assert "| their mean | +0.0100 | -0.0010 to +0.0200 | 4.0% |" in text
     [first] = [line for line in text.splitlines() if line.startswith("| negative |")]
     assert first == "| negative | 1 | 0 | 0 | 0 | 0 |"
@@ -373,33 +395,44 @@ def test_seeds_are_averaged_in_the_table():
     rows = {name: make_row("berter-table2", name, rng) for name in ("Baseline", "Baseline, seed 2", "SLF + Smart Alt")}
     for row, norm in zip(rows.values(), (0.7, 0.72, 0.6), strict=True):
         row["last"]["norm"] = norm
-    head, lines = pages.table_lines("berter-table2", rows)
+    head, lines = tables.table("berter-table2", source_of({"berter-table2": rows}))
     table = {line[0]: dict(zip(head, line, strict=True)) for line in lines}
     assert (table["Baseline"]["seeds"], table["Baseline"]["norm"]) == ("2", "0.710 ± 0.014")
-    assert table["SLF + Smart Alt"]["stages"] == "AABA"
+    assert table["SLF + Smart Alt"]["stages"] == "AABAABAA"
     # (.510 + .632 + (.818 + 1) / 2) / 3
     assert table["SLF + Smart Alt + Early Exit"]["paper: norm"] == "0.684"
     assert table["SLF + Smart Alt + Early Exit"]["seeds"] == "not run"
 
 
-def test_a_recipe_is_compared_with_the_baseline_of_its_block(monkeypatch):
-    """Always right against half right: accuracies 1 and 1/2; the comparison is not repeated for the same runs."""
-    assert compare.baseline_of("berter-table2", "best recipe: SLF") == "best recipe: Baseline"
-    assert compare.baseline_of("berter-table2", "SLF, seed 2") == "Baseline"
-    assert compare.baseline_of("berter-table2", "Baseline") is None and compare.baseline_of("smarter", "x") is None
-    gold = [0, 1] * 40
-    values = {"Baseline": "0110" * 20, "SLF": "01" * 40}
-    rows = [
-        {"name": name, "started": name, "measured": {"predictions": {"sst": {"values": digits}}}}
-        for name, digits in values.items()
-    ]
-    monkeypatch.setattr(compare, "dev_labels", lambda data_dir: {"sst": np.array(gold, float)})
-    compare.compare_with_baseline("berter-table2", rows, "data")
-    result = rows[1]["against_baseline"]
-    assert result["difference"] == 0.5 and 0.3 < result["low"] < 0.5 < result["high"] and result["tasks"] == 1
-    assert "against_baseline" not in rows[0]
-    monkeypatch.setattr(compare, "dev_labels", None)
-    compare.compare_with_baseline("berter-table2", rows, "data")
+def test_a_recipe_is_compared_with_the_baseline_of_its_block():
+    bases = {recipe: words[4] for recipe, words in against_baseline("berter-table2").items()}
+    assert bases["best recipe: SLF"] == "best recipe: Baseline" and bases["SLF"] == "Baseline"
+    assert not {"Baseline", "best recipe: Baseline"} & set(bases) and against_baseline("smarter") == {}
+    # seeds of one recipe
+    assert against_baseline("score") == {
+        "ensemble of three seeds": ["score", "norm", "ensemble of three seeds", "-", "best recipe"]
+    }
+
+
+def test_the_answer_names_the_clear_differences():
+    """One seed a side in a long group: half of the interval is 1.96 x .005 x sqrt 2 = .014."""
+    rng = np.random.default_rng(0)
+    norms = {"Baseline": 0.7, "SLF": 0.72, "Full SMART": 0.68, "Early Exiting": 0.71, "SLF + Smart Alt": 0.9}
+    rows = {name: make_row("berter-table2", name, rng) for name in norms}
+    for name, norm in norms.items():
+        rows[name]["last"]["norm"] = norm
+    # a run of other tasks has another norm
+    del rows["SLF + Smart Alt"]["last"]["sts"]
+    source = source_of({"berter-table2": rows})
+    higher, lower, open_, *_ = pages.answer("berter-table2", source)
+    assert higher == "- Norm clearly higher than the baseline's: SLF (+.020 ± .014)."
+    assert lower == "- Norm clearly lower than the baseline's: Full SMART (-.020 ± .014)."
+    assert open_ == "- Norm not clearly different from the baseline's: Early Exiting (+.010 ± .014)."
+    head, lines = tables.table("berter-table2", source)
+    assert {line[0]: line[head.index("difference")] for line in lines}["SLF"] == "+.020 ± .014"
+    rows = {"SLF": rows["SLF"]}
+    text = pages.answer("berter-table2", source_of({"berter-table2": rows}))
+    assert text == ["Not answered: the rows that are compared were not run."]
 
 
 def test_the_oracle_leaves_at_the_first_exit_that_no_other_beats():

@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 
 from errors import InputError
-from lab import findings
-from lab.findings import NOT_RUN, RESULTS, DevRows, Number, Source
-from lab.rows import GROUPS, split_name
+from lab import findings, labels, numbers, pages
+from lab.findings import NOT_RUN
+from lab.labels import DevRows
+from lab.numbers import Number, Source
+from lab.record import RESULTS
+from lab.rows import GROUPS, recipe_of
 from tasks import build_tasks
 
 CONTENT = tomllib.loads(findings.CLAIMS.read_text())
@@ -40,7 +43,7 @@ def claims_file(monkeypatch, tmp_path, claim):
 # --- the sentences ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("entry", [*CONTENT["section"], *CLAIMS], ids=lambda e: e.get("claim", e.get("title"))[:40])
+@pytest.mark.parametrize("entry", [*CONTENT["section"], *CLAIMS, *pages.ANSWERS.values()])
 def test_every_number_is_defined_and_used(entry):
     entry = {key: value for key, value in entry.items() if not (key == "claim" and isinstance(value, list))}
     sentences = [*entry.get("text", ()), *entry.get("measured", ())]
@@ -50,18 +53,17 @@ def test_every_number_is_defined_and_used(entry):
     assert named == set(entry.get("numbers", {}))
 
 
-@pytest.mark.parametrize("words", findings.all_numbers(CONTENT), ids=" | ".join)
+@pytest.mark.parametrize("words", [*findings.described_numbers()[0], *pages.described_numbers()], ids=" | ".join)
 def test_every_number_names_rows_that_exist(words):
     if words[0] == "errors":
         assert words[1].split("/")[0] in CONTENT["errors"]
         return
-    recipes = {split_name(name)[:2] for name in GROUPS[words[0]].rows}
-    assert {split_name(name)[:2] for name in words[2::2]} <= recipes
+    assert set(words[2::2]) <= set(map(recipe_of, GROUPS[words[0]].rows))
 
 
 def test_the_rows_of_the_error_analysis_exist():
     for group, *names in CONTENT["errors"].values():
-        assert {split_name(name)[:2] for name in names} <= {split_name(name)[:2] for name in GROUPS[group].rows}
+        assert set(names) <= set(map(recipe_of, GROUPS[group].rows))
 
 
 @pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: claim["claim"][:40])
@@ -90,8 +92,8 @@ def test_conditions_can_be_computed():
 
 
 def test_the_committed_page_is_made_from_the_committed_rows():
-    text = findings.render(findings.read_source())
-    assert (RESULTS / "FINDINGS.md").read_text() == text == findings.render(findings.read_source())
+    text = findings.render(numbers.read_source())
+    assert (RESULTS / "FINDINGS.md").read_text() == text == findings.render(numbers.read_source())
 
 
 def test_the_page_is_short_when_every_row_is_there(monkeypatch):
@@ -155,7 +157,7 @@ def test_conditions_that_both_hold_are_refused(monkeypatch, tmp_path):
 
 def test_a_number_is_the_mean_over_seeds():
     rows = {"core": {"A, seed 1": scored(norm=0.7), "A, seed 2": scored(norm=0.8), "A, long": scored(norm=0.1)}}
-    assert findings.Source(rows.get, {}).number(["core", "norm", "A"]).value == pytest.approx(0.75)
+    assert Source(rows.get, {}).number(["core", "norm", "A"]).value == pytest.approx(0.75)
 
 
 def test_an_interval_uses_the_noise_of_the_groups_own_seeds():
@@ -177,7 +179,7 @@ def test_the_bootstrap_counts_as_long_as_the_predictions_are_the_same():
     rows = {"A": scored({"sst": {"values": "01"}}, norm=0.6), "B": scored({"sst": {"values": "11"}}, norm=0.5)}
     words = ["core", "norm", "A", "-", "B"]
     sides = [[rows["A"]], [rows["B"]]]
-    recorded = {"intervals": {" | ".join(words): {"digest": findings.digest(*sides), "half": 0.2}}}
+    recorded = {"intervals": {" | ".join(words): {"digest": numbers.digest(*sides), "half": 0.2}}}
     assert source_of({"core": rows}, recorded).number(words).half == pytest.approx(
         (0.2**2 + 0.01386**2) ** 0.5, rel=1e-4
     )
@@ -199,17 +201,17 @@ def test_numbers_of_a_confusion_matrix():
     confusion[4] = [0, 0, 2, 6, 2]
     confusion[3, 3] = 5
     row = scored() | {"metrics": {"best": {"sst": {"confusion": confusion.tolist()}}}}
-    assert findings.value_of(row, "4 as 3 of sst") == 0.6
-    assert findings.value_of(row, "3 as 3 of sst") == 1
-    assert findings.value_of(row, "neighbour share of sst") == 0.75
-    assert findings.value_of(scored(), "4 as 3 of sst") is None
+    assert numbers.value_of(row, "4 as 3 of sst") == 0.6
+    assert numbers.value_of(row, "3 as 3 of sst") == 1
+    assert numbers.value_of(row, "neighbour share of sst") == 0.75
+    assert numbers.value_of(scored(), "4 as 3 of sst") is None
 
 
 def test_a_path_leads_into_lists_and_a_list_counts_with_its_mean():
     row = scored() | {"phases": [{"sst": 0.1}, {"sst": 0.2}], "losses": {"cosine": [0.1, None, 0.3]}}
-    assert findings.value_of(row, "phases/-1/sst") == 0.2
-    assert findings.value_of(row, "losses/cosine") == pytest.approx(0.2)
-    assert findings.value_of(row, "phases/7/sst") is None
+    assert numbers.value_of(row, "phases/-1/sst") == 0.2
+    assert numbers.value_of(row, "losses/cosine") == pytest.approx(0.2)
+    assert numbers.value_of(row, "phases/7/sst") is None
 
 
 @pytest.mark.parametrize("words", [["core", "norm"], ["core", "norm", "A", "+", "B"], ["core", "norm", "A", "-"]])
@@ -239,7 +241,7 @@ def exits_row(values, left, left_values):
 def test_rows_that_leave_early_and_are_wrong():
     """Rows 0 and 1 leave early, row 0 wrong, and the last exit is right on it. Rows 2 and 3 leave last, row 2 right."""
     dev = DevRows(np.array([1.0, 0, 1, 0]), np.array([10, 20, 30, 40]), np.array([0.1, 0.2, 0.3, 0.4]))
-    result = findings.leaving_errors(build_tasks()["para"], dev, exits_row("1011", "1366", "0011"))
+    result = labels.leaving_errors(build_tasks()["para"], dev, exits_row("1011", "1366", "0011"))
     assert result["early wrong"] == {"share": 0.25, "words": 10, "overlap": 0.1}
     assert result["late right"] == {"share": 0.25, "words": 30, "overlap": 0.3}
     assert (result["early"]["share"], result["late"]["share"], result["saved at the end"]) == (0.5, 0.5, 1)
@@ -249,51 +251,51 @@ def test_pairs_on_which_two_encodings_disagree():
     """They disagree on rows 1 and 2; the first is right on row 1 only."""
     dev = DevRows(np.array([1.0, 0, 1, 0]), np.array([10, 20, 30, 40]), np.array([0.1, 0.2, 0.4, 0.4]))
     rows = [exits_row(values, "", "") for values in ("1000", "1110")]
-    result = findings.encoding_errors(build_tasks()["para"], dev, rows)
+    result = labels.encoding_errors(build_tasks()["para"], dev, rows)
     assert result["differ"] == {"share": 0.5, "words": 25, "overlap": pytest.approx(0.3)}
     assert result["first nearer"] == 0.5
     dev = DevRows(np.array([3.0, 4]), np.array([1, 1]), np.array([0.5, 0.5]))
     rows = [{"measured": {"predictions": {"sts": {"values": values}}}} for values in ([1.5, 4.5], [2.75, 4.0])]
-    result = findings.encoding_errors(build_tasks()["sts"], dev, rows)
+    result = labels.encoding_errors(build_tasks()["sts"], dev, rows)
     assert (result["differ"]["share"], result["first nearer"]) == (0.5, 0)
 
 
 def test_predictions_of_other_data_are_refused():
     dev = DevRows(np.array([1.0, 0]), np.array([10, 20]), np.array([0.1, 0.2]))
     with pytest.raises(InputError, match="A has 3 predictions of para, but there are 2 usable dev rows"):
-        findings.predicted(exits_row("101", "", ""), build_tasks()["para"], dev)
+        labels.predicted(exits_row("101", "", ""), build_tasks()["para"], dev)
 
 
 def test_word_overlap():
-    assert findings.word_overlap("How is it ?", "how was it ?") == 3 / 5
-    assert np.isnan(findings.word_overlap("one text"))
+    assert labels.word_overlap("How is it ?", "how was it ?") == 3 / 5
+    assert np.isnan(labels.word_overlap("one text"))
 
 
 def test_what_is_recorded_from_the_sample(monkeypatch, tmp_path):
     """Intervals and errors of two runs on the project's own sample, then nothing is computed twice, and no text."""
-    folder = findings.Path(findings.__file__).parents[1] / "data" / "sample"
+    folder = RESULTS.parent / "data" / "sample"
     tasks, rng = build_tasks(), np.random.default_rng(0)
-    dev = {name: findings.read_dev_rows(task, folder) for name, task in tasks.items()}
+    dev = labels.read_dev_rows(folder)
     rows = {}
     for name, noise in (("A", 0.1), ("B", 0.4)):
         predictions = {}
         for task in tasks.values():
-            labels = dev[task.name].labels
-            swapped = np.where(rng.random(len(labels)) < noise, rng.permutation(labels), labels)
+            gold = dev[task.name].labels
+            swapped = np.where(rng.random(len(gold)) < noise, rng.permutation(gold), gold)
             values = swapped.tolist() if task.is_regression else "".join(f"{label:.0f}" for label in swapped)
-            left = "".join(rng.choice(list("16"), len(labels)))
+            left = "".join(rng.choice(list("16"), len(gold)))
             predictions[task.name] = {"values": values, "left": left, "left_values": values}
         rows[name] = scored(predictions, norm=0.5 - noise)
         rows[name]["measured"]["exits"] = {"layer_scores": {task: [0] * 6 for task in tasks}}
     claims_file(monkeypatch, tmp_path, CLAIM + '[errors]\nleaving = ["core", "A"]\nencodings = ["core", "A", "B"]')
-    result = findings.record(source_of({"core": rows}), folder)
+    result = labels.record(source_of({"core": rows}), *findings.described_numbers(), folder)
     interval = result["intervals"]["core | norm | A | - | B"]
-    assert 0 < interval["half"] < 0.3 and interval["digest"] == findings.digest([rows["A"]], [rows["B"]])
+    assert 0 < interval["half"] < 0.3 and interval["digest"] == numbers.digest([rows["A"]], [rows["B"]])
     assert set(result["errors"]) == {"leaving", "encodings"}
     assert set(result["errors"]["leaving"]) == {"of", "digest", *tasks}
     assert 0.2 < result["errors"]["encodings"]["sst"]["differ"]["share"] < 0.6
-    monkeypatch.setattr(findings, "paired_bootstrap", None)
-    again = findings.record(source_of({"core": rows}, result), folder)
+    monkeypatch.setattr(labels, "compare", None)
+    again = labels.record(source_of({"core": rows}, result), *findings.described_numbers(), folder)
     assert json.dumps(again) == json.dumps(result)
     assert source_of({"core": rows}, result).number(["errors", "encodings/sts/differ/share"]).value > 0
     rows["B"]["measured"]["predictions"]["sst"]["values"] = "0"
