@@ -24,7 +24,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from errors import InputError
+from errors import InputError, warn
+from files import opened
 from tokenizer import pad, truncate_pair
 
 SPLITS = ("train", "dev", "test")
@@ -33,6 +34,8 @@ SAMPLE = Path(__file__).parent / "data" / "sample"
 SPECIALS = {"single": 2, "concat": 3, "embed_concat": 4, "siamese": 2}
 # A file may have a few rows that are not usable. If it has a larger share of them, something is wrong with the file.
 MAX_UNUSABLE = 0.01
+# A warning about rows names this many of their lines.
+LINES_NAMED = 3
 
 
 @dataclass(frozen=True)
@@ -249,16 +252,14 @@ def bucketed_batches(lengths, batch_size, rng, pool=32):
 def decoded_lines(path):
     """Yield the lines of a text file one by one, because the entire decoded text would need several times its size."""
     try:
-        with open(path, "rb") as file:
+        with opened(path) as file:
             for line, raw in enumerate(file, start=1):
                 if b"\0" in raw:
                     raise InputError(f"{path}: line {line}: NUL byte, so not text: get it again or remove the byte")
+                if line == 1 and b"\r" in raw.rstrip(b"\r\n"):
+                    raise InputError(f"{path}: line 1: CR line ends: save the file with LF or CRLF line ends")
                 # only the first line may start with a byte order mark
                 yield raw.decode("utf-8-sig" if line == 1 else "utf-8")
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file: check --data_dir, or get the data with ./setup.sh --data") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}): check the path and its permissions") from None
     except UnicodeDecodeError as error:
         value = error.object[error.start : error.start + 1]
         raise InputError(f"{path}: line {line}: byte {value!r} is not UTF-8: save the file as UTF-8") from None
@@ -273,7 +274,8 @@ def read_label(task, value, where):
         return math.nan
     low, high = task.label_range
     try:
-        label = float(value)
+        # float would take the digits of other scripts, and 1_0
+        label = float(value) if value.isascii() and "_" not in value else math.nan
     except ValueError:
         label = math.nan
     # comparisons with NaN are false, so a NaN is refused here too
@@ -291,6 +293,9 @@ def check_columns(task, path, columns, labelled):
     missing = [name for name in needed if name not in columns]
     if not any(map(str.strip, columns)):
         raise InputError(f"{path}: line 1: empty file or blank first line: check it or get it again")
+    twice = [name for name in needed if columns.count(name) > 1]
+    if twice:
+        raise InputError(f"{path}: line 1: column {twice[0]} is there twice: remove or rename one")
     if missing:
         # a header that is one column was probably separated by commas
         hint = "the columns must be separated by tabs" if len(columns) == 1 else "check the header line"
@@ -319,6 +324,24 @@ def numbered_rows(path):
         raise InputError(f"{path}: line {line}: {error}: check the quotes from this line on") from None
 
 
+def warn_rows(dataset, lines, labelled):
+    """Print a warning for rows that are left out, and one for rows with the id of an earlier row.
+
+    Shapes: lines [n], the line of each row in the file.
+    """
+    ids = np.fromiter((hash(dataset.ids[row].tobytes()) for row in range(len(dataset))), np.int64, len(dataset))
+    # return_index: the first row of each id
+    repeated = np.setdiff1d(np.arange(len(dataset)), np.unique(ids, return_index=True)[1])
+    left_out = np.setdiff1d(np.arange(len(dataset)), dataset.usable) if labelled else repeated[:0]
+    for rows, problem in (
+        (left_out, "have no label or an empty text and are left out of training and scores"),
+        (repeated, "have the id of an earlier row"),
+    ):
+        if len(rows):
+            which = ", ".join(map(str, lines[rows[:LINES_NAMED]])) + ", ..." * (len(rows) > LINES_NAMED)
+            warn(f"{dataset.path}: {len(rows)} rows {problem}: line {which}")
+
+
 def read_dataset(task, path, tokenizer, max_length=512, labelled=True):
     """Read a CSV file in the course's format: separated by tabs, with a header line that names the columns.
 
@@ -333,9 +356,10 @@ def read_dataset(task, path, tokenizer, max_length=512, labelled=True):
     # columns are identified by name, because test files have them in other places
     id_at, text_at = columns.index("id"), [columns.index(name) for name in task.columns]
     label_at = columns.index(task.label_column) if labelled else None
-    dataset = Dataset(task, Path(path), tokenizer, max_length)
+    dataset, lines = Dataset(task, Path(path), tokenizer, max_length), array("q")
     for line, fields in rows:
         where = f"{path}: line {line}"
+        lines.append(line)
         if len(fields) != len(columns):
             raise InputError(
                 f"{where}: {len(fields)} fields, but the header has {len(columns)}: check tabs and quotes in "
@@ -352,6 +376,7 @@ def read_dataset(task, path, tokenizer, max_length=512, labelled=True):
             f"{path}: {left_out} of {len(dataset)} rows have no label or an empty text, "
             f"above {MAX_UNUSABLE:.0%}: correct the file"
         )
+    warn_rows(dataset, np.asarray(lines), labelled)
     return dataset
 
 
@@ -386,8 +411,8 @@ def fingerprints(dataset):
 def report(datasets):
     """Describe {task name: {split: Dataset}} in lines of text.
 
-    The lines contain the numbers of rows, their lengths in tokens, the shares of the labels, the numbers of unusable
-    and truncated rows, and the number of dev rows that also occur in train.
+    The lines contain the numbers of rows, their lengths in tokens, the shares of the labels, the numbers of truncated
+    rows, and the number of dev rows that also occur in train.
     """
     lines = []
     for splits in datasets.values():
@@ -405,10 +430,6 @@ def report(datasets):
                 shares = np.bincount(labels.astype(int), minlength=len(data.task.label_names)) / len(labels)
                 line += "  labels " + " ".join(f"{share:.1%}" for share in shares)
             lines.append(line)
-            # no row of a test file is usable, which is not worth a line
-            left_out = len(data) - len(data.usable)
-            if left_out and split != "test":
-                lines.append(f"{'':<13}{left_out} rows without a label or with an empty text are left out")
             if data.truncated:
                 lines.append(f"{'':<13}{data.truncated} rows are cut to {data.max_length} tokens")
         if {"train", "dev"} <= splits.keys():
