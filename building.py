@@ -33,14 +33,9 @@ from tasks import TASKS, build_tasks, widen
 from tokenizer import BertTokenizer
 from weights import find_weights, pooling_of
 
-# learning rates that train: by optimiser and by what is trained, for a BERT of at most SMALL hidden units and for a
-# larger one. Measured with the small default weights (results/defaults.md); those of the larger BERT are the papers'.
+# A BERT of at most SMALL hidden units takes the first of two default learning rates (optimizer.py), a larger one the
+# second. The first were measured with the small default weights (results/defaults.md), the second are the papers'.
 SMALL = 512
-LEARNING_RATES = {
-    "adamw": {"finetune": (1e-4, 2e-5), "pretrain": (1e-3, 1e-3), "adapter": (2e-3, 3e-4)},
-    "rmsprop": {"finetune": (1e-4, 1e-5), "pretrain": (1e-3, 1e-3), "adapter": (2e-3, 3e-4)},
-    "sgd": {"finetune": (0.3, 1e-2), "pretrain": (1e-1, 1e-1), "adapter": (1e-1, 1e-1)},
-}
 # --max_length: MIN_LENGTH has room for the special tokens of any pair encoding and one word. MAX_LENGTH is the default,
 # where the weights allow it.
 MIN_LENGTH, MAX_LENGTH = 5, 512
@@ -325,7 +320,7 @@ def build_adapters(flags, config, task_names, generator):
 
 
 def build_trainable(flags, model):
-    """What the run may train at all: the kind of training (a row of LEARNING_RATES) and the parameters' names."""
+    """What the run may train at all: the kind of training (for the default learning rate) and the parameters' names."""
     everything = {name for name, _ in model.named_parameters()}
     if flags["option"] == "pretrain":
         # every exit's pooler counts as BERT's own, as the last one is
@@ -375,7 +370,7 @@ def build_plan(flags, depth):
 
 def build_optimizer(flags, kind, model):
     """The function that makes an optimiser for {name: parameter}."""
-    for_small, for_large = LEARNING_RATES[flags["optimizer"]][kind]
+    for_small, for_large = OPTIMIZERS[flags["optimizer"]].learning_rates[kind]
     learning_rate = flags["lr"] or (for_small if model.bert.config.hidden_size <= SMALL else for_large)
     rates = {}
     for method in METHODS:

@@ -23,7 +23,6 @@ the labels: the largest error is at tanh(2). h_i is the vector that the head see
 opposite, the probability to go on, and leaves below a threshold.
 """
 
-import argparse
 import copy
 from dataclasses import dataclass, replace
 
@@ -32,7 +31,7 @@ import torch
 from torch import nn
 
 from errors import InputError
-from methods import LossTerm, Method, at_least_zero, belongs, per_task
+from methods import LossTerm, Method, at_least_zero, belongs, convert, per_task
 from tasks import widen
 
 POLICIES = ("auto", "confidence", "lte")
@@ -448,10 +447,7 @@ def sweep_levels(entries):
     """The thresholds of a list with commas, which --option evaluate sweeps; an empty list for anything else."""
     if len(entries) != 1 or "," not in entries[0]:
         return []
-    try:
-        return [at_least_zero(level) for level in entries[0].split(",")]
-    except (ValueError, argparse.ArgumentTypeError) as error:
-        raise InputError(f"--exit_threshold {entries[0]}: {error}") from None
+    return [convert("--exit_threshold", entries[0], level, at_least_zero) for level in entries[0].split(",")]
 
 
 def add_flags(group):

@@ -90,18 +90,26 @@ def among_tasks(flags, name):
     return [(task not in tasks, f"--{name} {task}: not among --tasks {' '.join(tasks)}") for task in flags[name] or ()]
 
 
-def per_task(entries, flag, names, convert):
+def convert(flag, entry, text, function):
+    """A value from a part of what the user typed for a flag.
+
+    Raises: InputError, with the entire `entry`, for a text that the function refuses.
+    """
+    try:
+        return function(text)
+    except (ValueError, argparse.ArgumentTypeError) as error:
+        raise InputError(f"{flag} {entry}: {error}") from None
+
+
+def per_task(entries, flag, names, function):
     """Read `value` or `task=value ...` entries into {task: value}; an entry that names its task wins.
 
-    Raises: InputError for an unknown task, a second value of a task, or a value that `convert` refuses.
+    Raises: InputError for an unknown task, a second value of a task, or a value that the function refuses.
     """
     chosen, entered = {}, set()
     for entry in sorted(entries or (), key=lambda entry: "=" in entry):
-        name, equals, value = entry.rpartition("=")
-        try:
-            value = convert(value)
-        except (ValueError, argparse.ArgumentTypeError) as error:
-            raise InputError(f"{flag} {entry}: {error}") from None
+        name, equals, text = entry.rpartition("=")
+        value = convert(flag, entry, text, function)
         if name in entered:
             raise InputError(f"{flag} {entry}: there is a value {'for this task' if name else 'for all tasks'} already")
         entered.add(name)

@@ -357,7 +357,7 @@ def train(parts, recorder):
             for term in parts.terms.values():
                 term.after_step(parts.model, progress)
             recorder.after_step(results)
-        # A model that cannot become the best one is evaluated only at the exit it has just trained.
+        # A model that cannot become the best one is evaluated at the exit it has just trained, or not at all.
         exit_layer = parts.model.depth if phase.keep else max(phase.exit_weights[-1])
         norm = recorder.after_phase(phase, lambda layer=exit_layer: evaluate_dev(parts, layer))
         phase = send(plan, norm)

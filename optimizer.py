@@ -26,7 +26,8 @@ from methods import Method, positive
 class Optimizer(torch.optim.Optimizer):
     """The loop over the parameters. It skips a parameter that has no gradient: neither value nor state changes.
 
-    A subclass names in `state_names` the tensors that it keeps for each parameter between steps. Its `check(group)`
+    A subclass names in `state_names` the tensors that it keeps for each parameter between steps. `learning_rates` are
+    its defaults of --lr: {what is trained: (for a small BERT, for a larger one)}. Its `check(group)`
     raises InputError for bad settings. Its `update` is the rule for one parameter.
 
     On a GPU one call of `update` covers all parameters of a group: see Tensors at the end of the file.
@@ -83,6 +84,7 @@ class AdamW(Optimizer):
     """
 
     state_names = ("exp_avg", "exp_avg_sq")  # m and v
+    learning_rates = {"finetune": (1e-4, 2e-5), "pretrain": (1e-3, 1e-3), "adapter": (2e-3, 3e-4)}
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.0, correct_bias=True):
         defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, correct_bias=correct_bias)
@@ -123,6 +125,7 @@ class RMSprop(Optimizer):
     """
 
     state_names = ("square_avg",)  # v
+    learning_rates = {"finetune": (1e-4, 1e-5), "pretrain": (1e-3, 1e-3), "adapter": (2e-3, 3e-4)}
 
     def __init__(self, params, lr=1e-3, gamma=0.9, eps=1e-8, weight_decay=0.0):
         super().__init__(params, dict(lr=lr, gamma=gamma, eps=eps, weight_decay=weight_decay))
@@ -149,6 +152,8 @@ class SGD(Optimizer):
     Raises: InputError for settings out of range.
     Differs: weight decay is decoupled as in AdamW here; torch.optim.SGD adds it to the gradient.
     """
+
+    learning_rates = {"finetune": (0.3, 1e-2), "pretrain": (1e-1, 1e-1), "adapter": (1e-1, 1e-1)}
 
     def __init__(self, params, lr=1e-3, weight_decay=0.0):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay))

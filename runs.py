@@ -424,7 +424,7 @@ class RunFolder:
 
 
 def check_same_run(config, flags, typed):
-    """Fail where a resumed run is given other flags, or other processes, than it was started with.
+    """Fail where a resumed run gets other flags, or other processes, than it was started with.
 
     Raises: InputError.
     """
@@ -605,7 +605,8 @@ class Recorder:
             phase=self.phase.label,
             step=history.total_steps,
             terms=terms,
-            lr=self.optimizer.param_groups[0]["lr"],
+            # of all parameter groups, the highest first
+            lr=sorted({group["lr"] for group in self.optimizer.param_groups}, reverse=True),
             seconds=round(seconds, 3),
             examples_per_second=round(speed, 1),
             peak_mib=round(memory_mib(self.parts.precision.device)),
@@ -620,13 +621,32 @@ class Recorder:
         self.pending, self.logged_at = [], now
 
     def after_phase(self, phase, evaluate):
-        """Evaluate the model, keep it where it is the best so far, and save what resuming needs. Returns norm.
+        """Evaluate the model where the phase wants it, keep the best one, and save what resuming needs.
 
         `evaluate()` returns (Scores, predictions). `best_evaluation` is its result where this model is the best one.
+        Returns norm, or None without an evaluation.
         """
-        started, history = time.monotonic(), self.history
+        history, norm, self.best_evaluation = self.history, None, None
+        if phase.keep or phase.scored:
+            scores, predictions = self.evaluate(evaluate)
+            norm, is_best = scores.norm, phase.keep and scores.norm > history.best
+            if is_best:
+                history.best, history.best_phase = norm, phase.label
+                self.folder.save_best(self.parts.model)
+                self.best_evaluation = (scores, predictions)
+            history.last_scores = {"tasks": scores.tasks, "raw": scores.raw, "norm": norm}
+            self.log_phase(phase, scores, is_best)
+        history.scores.append(norm)
+        history.epochs += phase.fraction
+        history.step = 0
+        self.folder.save_last(snapshot(self.parts, self.optimizer, history))
+        return norm
+
+    def evaluate(self, evaluate):
+        """Evaluate the model; a signal interrupts that, since the evaluation can be done again."""
+        started = time.monotonic()
         # taken beforehand, while all processes are at the same place
-        before = snapshot(self.parts, self.optimizer, history)
+        before = snapshot(self.parts, self.optimizer, self.history)
         self.signals.immediate = True
         try:
             scores, predictions = evaluate()
@@ -636,19 +656,8 @@ class Recorder:
             raise
         finally:
             self.signals.immediate = False
-        history.eval_seconds += time.monotonic() - started
-        is_best = phase.keep and scores.norm > history.best
-        if is_best:
-            history.best, history.best_phase = scores.norm, phase.label
-            self.folder.save_best(self.parts.model)
-        self.best_evaluation = (scores, predictions) if is_best else None
-        history.last_scores = {"tasks": scores.tasks, "raw": scores.raw, "norm": scores.norm}
-        history.scores.append(scores.norm)
-        history.epochs += phase.fraction
-        history.step = 0
-        self.log_phase(phase, scores, is_best)
-        self.folder.save_last(snapshot(self.parts, self.optimizer, history))
-        return scores.norm
+        self.history.eval_seconds += time.monotonic() - started
+        return scores, predictions
 
     def log_phase(self, phase, scores, is_best):
         """Write a log line for a phase, and print it."""

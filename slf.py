@@ -5,8 +5,9 @@ A plan is a generator. The loop takes a phase, trains it, evaluates the model, a
     phase = next(plan)
     while phase: train(phase); phase = plan.send(score)          # StopIteration ends the run
 
-So a plan may choose by the scores that it receives, as Smart Alternating does. A plan sees nothing else: no model, no
-clock, no chance. A resumed run sends the recorded scores to a fresh plan and is back where it stopped.
+So a plan may choose by the scores that it receives, as Smart Alternating does. After a phase that is not evaluated the
+score is None. A plan sees nothing else: no model, no clock, no chance. A resumed run sends the recorded scores to a
+fresh plan and is back where it stopped.
 
 There are L layers. h_i is the state after layer i, g_i its exit, and L_i = H(y, g_i(h_i; w_i)) the loss of exit i. A
 plan says which L_i count and which parameters move, over time:
@@ -86,6 +87,9 @@ class Phase:
     part: tuple = (0, 1)
     keep: bool = True  # whether the model after this phase may be kept as the best one
     without: tuple = ()  # classes of the loss terms that do not count
+    # whether dev is scored at the last of the phase's exits although its model is not kept. Then the plan receives
+    # that score; otherwise it receives None
+    scored: bool = False
 
     def __post_init__(self):
         k, n = self.part
@@ -158,21 +162,17 @@ def sequential_layer_focus(depth, layer_epochs, second):
     Source: BERTer 3.3, Sequential Layer Focus.
     Differs: the paper does not say how long stage 1 takes (here: a budget for each layer), nor when shared parts train.
     """
-    # equal parts of at most one epoch each, so that the dev set is scored at least once an epoch
-    parts = math.ceil(layer_epochs)
     for i in range(1, depth + 1):
-        for part in range(parts):
-            suffix = f", part {part + 1}/{parts}" if parts > 1 else ""
-            yield Phase(
-                f"stage 1, layer {i}/{depth}{suffix}",
-                layer_epochs / parts,
-                ({i: 1.0},),  # L_i alone: the forward pass stops after layer i
-                LayerAndExit(i),
-                (part, parts),
-                keep=False,  # the layers above are as they were pretrained
-                # the learning to exit is shared by the layers: its loss would only pull at the layer in training
-                without=(LTELoss,),
-            )
+        yield Phase(
+            f"stage 1, layer {i}/{depth}",
+            layer_epochs,
+            ({i: 1.0},),  # L_i alone: the forward pass stops after layer i
+            LayerAndExit(i),
+            keep=False,  # the layers above are as they were pretrained
+            scored=True,  # shows what layer i has learned; the evaluation stops after layer i, too
+            # the learning to exit is shared by the layers: its loss would only pull at the layer in training
+            without=(LTELoss,),
+        )
     yield from second
 
 

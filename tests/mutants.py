@@ -720,8 +720,8 @@ MUTANTS = [
         (
             "evaluation-order",
             "evaluation.py",
-            "back[torch.from_numpy(order)] = torch.arange(len(rows))",
-            "back[torch.arange(len(rows))] = torch.from_numpy(order)",
+            "back = np.argsort(order)",
+            "back = order",
             "Predictions return in the wrong order: a permutation instead of its inverse.",
             "evaluation",
         ),
@@ -902,9 +902,9 @@ MUTANTS = [
         (
             "slf-budget",
             "slf.py",
-            "layer_epochs / parts,",
-            "layer_epochs,",
-            "A layer's budget counts for each part instead of for all parts.",
+            "layer_epochs,\n            ({i: 1.0},)",
+            "layer_epochs / depth,\n            ({i: 1.0},)",
+            "A layer's budget counts for all layers instead of for each.",
             "slf",
         ),
         # --- smart.py ---
@@ -1163,7 +1163,7 @@ MUTANTS = [
         # --- flags.py ---
         (
             "flags-per-task",
-            "flags.py",
+            "methods.py",
             'sorted(entries or (), key=lambda entry: "=" in entry)',
             "(entries or ())",
             "A value for all tasks overrides a task's own value if it comes later.",

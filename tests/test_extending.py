@@ -153,3 +153,34 @@ def test_the_page_names_only_what_is_there():
         if name != "rdrop":
             __import__(name)
             assert hasattr(sys.modules[name], attribute), f"{name}.{attribute}"
+
+
+WRONG_NAMES = [("needs", {"exit"}), ("trains", {"heads.typo"}), ("rates", {"heads.typo": 0.5})]
+
+
+@pytest.mark.parametrize("slot, names", WRONG_NAMES)
+def test_a_name_that_is_not_there_is_reported_with_its_method(program, slot, names):
+    flags.METHODS.append(Method("wrong names", **{slot: lambda *_: names}))
+    try:
+        line = program.refused("wrong-names")
+    finally:
+        flags.METHODS.pop()
+    assert "'wrong names'" in line and slot in line and repr(min(names)) in line
+
+
+def test_a_plan_that_keeps_no_model_is_refused_before_the_training(program):
+    def keeps_nothing():
+        yield Phase("only", 1.0, ({2: 1.0},), keep=False)
+
+    flags.METHODS.append(Method("keeps nothing", plan=lambda flags, depth, plan: keeps_nothing))
+    try:
+        assert "'only'" in program.refused("keeps-nothing")
+    finally:
+        flags.METHODS.pop()
+    assert not program.path("keeps-nothing").exists()
+
+
+@pytest.mark.parametrize("part", [(1, 1), (-1, 2), (0, 0)])
+def test_a_part_outside_its_phases_is_refused(part):
+    with pytest.raises(ValueError, match="'late'"):
+        Phase("late", 1.0, ({2: 1.0},), part=part)

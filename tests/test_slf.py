@@ -128,6 +128,7 @@ def test_slf_with_a_quarter_epoch_per_layer():
             (0, 1),
             False,
             (LTELoss,),
+            True,
         ),
         Phase(
             "stage 1, layer 2/2",
@@ -137,20 +138,18 @@ def test_slf_with_a_quarter_epoch_per_layer():
             (0, 1),
             False,
             (LTELoss,),
+            True,
         ),
         Phase("epoch 1/1", 1.0, (JOINT,), everything, (0, 1), True),
     ]
 
 
-@pytest.mark.parametrize(("layer_epochs", "fractions"), [(0.25, [0.25]), (1, [1]), (1.5, [0.75, 0.75]), (3, [1, 1, 1])])
-def test_slf_splits_a_layers_budget_into_equal_phases_of_at_most_one_epoch(layer_epochs, fractions):
-    """Equal, because the schedule of a stretch counts its phases as equally long."""
-    phases = drive(sequential_layer_focus(2, layer_epochs, plain(1, (JOINT,))), [0.0] * 9)
-    for i in (1, 2):
-        mine = [phase for phase in phases if phase.label.startswith(f"stage 1, layer {i}/2")]
-        assert [phase.fraction for phase in mine] == fractions
-        assert [phase.part for phase in mine] == [(k, len(fractions)) for k in range(len(fractions))]
-        assert len({phase.modules for phase in mine}) == 1 and not any(phase.keep for phase in mine)
+@pytest.mark.parametrize("layer_epochs", [0.25, 1, 3])
+def test_slf_gives_every_layer_its_budget_in_one_phase(layer_epochs):
+    """Stage 1 keeps no model; every layer is scored once, at its own exit."""
+    *first, _ = drive(sequential_layer_focus(3, layer_epochs, plain(1, (JOINT,))), [0.0] * 9)
+    assert [(phase.fraction, phase.part) for phase in first] == [(layer_epochs, (0, 1))] * 3
+    assert all(phase.scored and not phase.keep for phase in first)
 
 
 def test_slf_sends_stage_2_only_its_own_scores():
