@@ -324,22 +324,11 @@ def numbered_rows(path):
         raise InputError(f"{path}: line {line}: {error}: check the quotes from this line on") from None
 
 
-def warn_rows(dataset, lines, labelled):
-    """Print a warning for rows that are left out, and one for rows with the id of an earlier row.
-
-    Shapes: lines [n], the line of each row in the file.
-    """
-    ids = np.fromiter((hash(dataset.ids[row].tobytes()) for row in range(len(dataset))), np.int64, len(dataset))
-    # return_index: the first row of each id
-    repeated = np.setdiff1d(np.arange(len(dataset)), np.unique(ids, return_index=True)[1])
-    left_out = np.setdiff1d(np.arange(len(dataset)), dataset.usable) if labelled else repeated[:0]
-    for rows, problem in (
-        (left_out, "have no label or an empty text and are left out of training and scores"),
-        (repeated, "have the id of an earlier row"),
-    ):
-        if len(rows):
-            which = ", ".join(map(str, lines[rows[:LINES_NAMED]])) + ", ..." * (len(rows) > LINES_NAMED)
-            warn(f"{dataset.path}: {len(rows)} rows {problem}: line {which}")
+def warn_rows(path, lines, problem):
+    """Print a warning for rows with a problem, which are accepted. `lines` are their lines in the file."""
+    if len(lines):
+        which = ", ".join(map(str, lines[:LINES_NAMED])) + ", ..." * (len(lines) > LINES_NAMED)
+        warn(f"{path}: {len(lines)} rows {problem}: line {which}")
 
 
 def read_dataset(task, path, tokenizer, max_length=512, labelled=True):
@@ -376,7 +365,11 @@ def read_dataset(task, path, tokenizer, max_length=512, labelled=True):
             f"{path}: {left_out} of {len(dataset)} rows have no label or an empty text, "
             f"above {MAX_UNUSABLE:.0%}: correct the file"
         )
-    warn_rows(dataset, np.asarray(lines), labelled)
+    ids = np.fromiter((hash(dataset.ids[row].tobytes()) for row in range(len(dataset))), np.int64, len(dataset))
+    # np.delete leaves the rows that do not have the first occurrence of an id
+    warn_rows(path, np.delete(lines, np.unique(ids, return_index=True)[1]), "have the id of an earlier row")
+    if labelled:
+        warn_rows(path, np.delete(lines, dataset.usable), "have no label or an empty text and are left out")
     return dataset
 
 

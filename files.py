@@ -10,11 +10,6 @@ from errors import InputError, UnreadableError
 from parallel import on_first
 
 
-def open_at_once(path, flags):
-    """Open a file like os.open, but do not wait for the writer of a pipe."""
-    return os.open(path, flags | os.O_NONBLOCK)
-
-
 @contextmanager
 def opened(path):
     """Open a file that the user named, to read its bytes.
@@ -22,7 +17,8 @@ def opened(path):
     Raises: UnreadableError where it is missing, may not be read, or is no ordinary file.
     """
     try:
-        with open(path, "rb", opener=open_at_once) as file:
+        # O_NONBLOCK: to open a pipe would otherwise wait for its writer
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise UnreadableError(f"{path}: is not a file, but a pipe or a device: write its content into a file")
             yield file

@@ -106,16 +106,11 @@ def add_course_flags(group):
     group.add_argument("--tasks", nargs="+", choices=tuple(TASKS), default=["sst", "para", "sts"], help="what to learn")
     group.add_argument("--epochs", type=positive_int, default=5, help="passes over each task's part of the data")
     group.add_argument(
-        "--epoch_size",
-        type=phase_epochs,
-        default=1.0,
-        help="length of one of the --epochs, in passes over the data",
+        "--epoch_size", type=phase_epochs, default=1.0, help="length of one of the --epochs, in passes over the data"
     )
     group.add_argument("--batch_size", type=positive_int, default=16, help="examples per batch of a process")
     group.add_argument(
-        "--lr",
-        type=positive,
-        help="peak learning rate; default by optimiser, by what is trained and by the size of BERT",
+        "--lr", type=positive, help="peak learning rate; default by optimiser, training, and size of BERT"
     )
     group.add_argument("--hidden_dropout_prob", type=below_one, default=0.3, help="dropout before the heads")
     group.add_argument("--seed", type=seed, default=11711, help="seed of everything random")
@@ -135,12 +130,10 @@ def add_data_flags(group):
         "--sampler",
         choices=tuple(SAMPLERS),
         default="random",
-        help="which task comes next; proportional, sqrt, annealed differ with --split full",
+        help="next task; the last three differ with --split full",
     )
     group.add_argument(
-        "--max_length",
-        type=positive_int,
-        help="tokens per text or packed pair; default 512, or the weights' positions if they are fewer",
+        "--max_length", type=positive_int, help="tokens per text or packed pair; default 512, or the weights' positions"
     )
     group.add_argument(
         "--pairs",
@@ -272,7 +265,8 @@ def reread(parser, action, value):
     """
     option, values = action.option_strings[0], value if isinstance(value, list) else []
     # a switch takes no value
-    words = [option, *map(str, values)] if values or action.nargs == 0 else [f"{option}={value}"]
+    is_alone = not isinstance(value, list) and action.nargs != 0
+    words = [f"{option}={value}"] if is_alone else [option, *map(str, values)]
     read = action.default if value == action.default else getattr(parser.parse_args(words), action.dest)
     if read != value:
         raise ValueError(f"--{action.dest} is {value!r}, but would be read as {read!r}")

@@ -70,17 +70,12 @@ def sha256(path):
 
 def git_commit():
     """The commit of the code, with + where files differ from it; empty outside a repository."""
-    here = Path(__file__).parent
+    command = ["git", "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
     try:
-        commit = subprocess.run(
-            ["git", "rev-parse", "--short=12", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10
-        ).stdout.strip()
-        changed = subprocess.run(
-            ["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True, timeout=10
-        ).stdout.strip()
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return ""
-    return commit + "+" * bool(changed)
+    return done.stdout.strip()
 
 
 def name_run(flags, defaults):
@@ -184,35 +179,31 @@ class RunFolder:
         if parallel.rank():
             yield
             return
-        path = self.path / LOCK
+        path, lock = self.path / LOCK, None
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            lock = open(path, "a+")  # noqa: SIM115
+            lock = os.open(path, os.O_RDWR | os.O_CREAT)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # the process that held it removes the file at its end, perhaps since it was opened here
+            if not os.path.samestat(os.fstat(lock), os.stat(path)):
+                raise BlockingIOError
+        except (BlockingIOError, FileNotFoundError):
+            holder = os.read(lock, 99).decode() if lock else ""
+            raise InputError(f"{self.path}: {holder or 'another process'} uses this run: wait until it ends") from None
         except OSError as error:
-            raise InputError(f"{self.path}: cannot be written ({error.strerror}): choose another --run_dir") from None
-        with lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                # the process that held it removes the file at its end, perhaps since it was opened here
-                if not os.path.samestat(os.fstat(lock.fileno()), os.stat(path)):
-                    raise BlockingIOError
-            except (BlockingIOError, FileNotFoundError):
-                lock.seek(0)
-                raise InputError(
-                    f"{self.path}: process {lock.read() or 'unknown'} uses this run: wait until it has ended, or "
-                    "choose another --run_dir"
-                ) from None
-            except OSError as error:
-                warn(f"{self.path}: no locks here ({error.strerror}): do not start another process on this run")
-            lock.truncate(0)
-            lock.write(f"{os.getpid()} on {platform.node()}")
-            lock.flush()
-            try:
-                yield
-            finally:
-                path.unlink(missing_ok=True)
-                with suppress(OSError):
-                    self.path.rmdir()
+            if lock is None:
+                raise InputError(f"{self.path}: cannot be written ({error.strerror}): choose another folder") from None
+            warn(f"{self.path}: no locks here ({error.strerror}): do not start another process on this run")
+        try:
+            with suppress(OSError):  # a full disk
+                os.truncate(lock, 0)
+                os.write(lock, f"process {os.getpid()} on {platform.node()}".encode())
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+            os.close(lock)
+            with suppress(OSError):
+                self.path.rmdir()
 
     def identity(self):
         """The id of the run that is here now; None before it is created."""
@@ -245,10 +236,7 @@ class RunFolder:
         if not self.path.exists() or (self.path.is_dir() and self.half_made()):
             return
         if not overwrite:
-            raise InputError(
-                f"{self.path}: exists already: continue it with --resume, replace it with --overwrite, "
-                "or choose another --run_dir"
-            )
+            raise InputError(f"{self.path}: exists: --resume continues it, --overwrite replaces it; or choose another")
         if not self.exists():
             raise InputError(f"{self.path}: is not a run directory, so --overwrite leaves it alone")
 
@@ -271,9 +259,8 @@ class RunFolder:
         except InputError:
             shutil.rmtree(staging, ignore_errors=True)
             raise
-        for path in [self.path / name for name in FILES]:
-            for written in (path, *path.parent.glob(f".{path.name}.*.part")):
-                written.unlink(missing_ok=True)
+        for path in [*(self.path / name for name in FILES), *self.half_written()]:
+            path.unlink(missing_ok=True)
         for name in FOLDERS:
             with suppress(OSError):  # not empty: a user's files stay
                 (self.path / name).rmdir()
@@ -286,16 +273,10 @@ class RunFolder:
 
         Raises: InputError where it is missing or damaged.
         """
-        path = self.path / "config.json"
-        try:
-            path.lstat()
-        except (FileNotFoundError, NotADirectoryError):
-            raise InputError(f"{self.path}: no run here (no config.json to read): check the path") from None
+        path, weights = self.path / "config.json", {"folder": str, "sha256": dict}
         with damaged(path):
-            config = read_json(path)
-            weights = {"folder": str, "sha256": dict}
-            kinds = {"flags": dict, "weights": weights, "data": dict, "bert": dict, "format": int}
-            require({"format": 1} | config, kinds)
+            config = {"format": 1} | read_json(path)
+            require(config, {"flags": dict, "weights": weights, "data": dict, "bert": dict, "format": int})
             BertConfig(**config["bert"])
         return config
 
@@ -310,6 +291,11 @@ class RunFolder:
                 file.write(json.dumps(record) + "\n")
         except OSError as error:
             raise InputError(f"{self.log_path}: cannot be written ({error.strerror}): free some space") from None
+
+    def half_written(self):
+        """The files that a killed process was writing."""
+        paths = [self.path / name for name in FILES]
+        return [part for path in paths for part in path.parent.glob(f".{path.name}.*.part")]
 
     def log_position(self):
         """Length of the log so far, in bytes."""
@@ -329,13 +315,10 @@ class RunFolder:
     @on_first
     def cut_back(self, log_position):
         """Cut the log back to a saved moment and remove half-written files."""
-        try:
-            for part in self.path.rglob(".*.part"):
-                part.unlink()
-            if self.log_path.exists():
-                os.truncate(self.log_path, min(self.log_position(), log_position))
-        except OSError as error:
-            raise InputError(f"{self.path}: cannot be written ({error.strerror}): check its permissions") from None
+        for part in self.half_written():
+            part.unlink()
+        if self.log_path.exists():
+            os.truncate(self.log_path, min(self.log_position(), log_position))
 
     def load_last(self):
         """What save_last saved, or None where the run was stopped before that.
@@ -380,9 +363,10 @@ class RunFolder:
         if not os.path.lexists(path):
             raise InputError(f"{path}: missing: the run has not finished its first phase")
         with damaged(path):
-            tensors, expected = load_safetensors(path), model.state_dict()
-            check_tensors(expected, tensors)
-            model.load_state_dict(tensors, assign=any(tensor.is_meta for tensor in expected.values()))
+            # copies, whose place in memory does not depend on the file
+            tensors = {name: tensor.clone() for name, tensor in load_safetensors(path).items()}
+            check_tensors(model.state_dict(), tensors)
+            model.load_state_dict(tensors, assign=next(model.parameters()).is_meta)
 
     def read_summary(self):
         """What summary.json says; nothing for a run that has not finished."""
@@ -429,36 +413,25 @@ def check_same_run(config, flags, typed):
     Raises: InputError.
     """
     if config.get("format") != FORMAT:
-        raise InputError(
-            f"--resume: this run was started by an earlier version: resume it with that version "
-            f"(git checkout {str(config.get('commit', '')).rstrip('+') or 'of its time'}), or start another run"
-        )
+        version = str(config.get("commit", "")).rstrip("+") or "of its time"
+        raise InputError(f"--resume: an earlier version started this run: resume it with that (git checkout {version})")
     processes = config.get("processes", 1)
     if processes != world_size():
-        raise InputError(
-            f"torchrun: this run was started with {processes} processes, not {world_size()}: resume with as many"
-        )
+        raise InputError(f"this run was started with {processes} processes, not {world_size()}: resume with as many")
     for name in typed - FREE_FLAGS:
         # auto was replaced by what it chose
         before = config["flags"].get(name)
         if flags[name] not in (before, "auto"):
-            raise InputError(
-                f"--{name} {flags[name]}: this run was started with {'the default' if before is None else before}: "
-                "resume with the same flags, or start another run"
-            )
+            before = "the default" if before is None else before
+            raise InputError(f"--{name} {flags[name]}: this run has {before}: resume with that, or start another run")
 
 
 def check_same_files(before, now, paths):
     """Fail where a resumed run reads other files than it was started with: {name: sha256} twice, {name: path}."""
     for name in before | now:
-        if name not in now:
-            found = "this run was started with it, and it is gone"
-        elif name not in before:
-            found = "this run was started without it"
-        else:
-            found = "not the file this run was started with (its sha256 differs)"
         if before.get(name) != now.get(name):
-            raise InputError(f"{paths.get(name, name)}: {found}: cannot resume")
+            found = "is gone" if name not in now else "is new" if name not in before else "has another sha256"
+            raise InputError(f"{paths.get(name, name)}: this file {found}, so the run cannot be resumed")
 
 
 def hash_weights(folder):

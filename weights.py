@@ -110,12 +110,11 @@ def pooling_of(folder):
 
 def load_safetensors(path):
     """Read every tensor of a .safetensors file."""
-    with opened(path):
-        pass
-    try:
-        return safetensors.torch.load_file(path)
-    except safetensors.SafetensorError as error:
-        raise InputError(f"{path}: damaged or cut short ({error}): get it again") from None
+    with opened(path):  # refuses what cannot be read; safetensors opens the file itself
+        try:
+            return safetensors.torch.load_file(path)
+        except safetensors.SafetensorError as error:
+            raise InputError(f"{path}: damaged or cut short ({error}): get it again") from None
 
 
 def load_torch(path):

@@ -198,7 +198,7 @@ def test_a_few_rows_without_label_or_text_stay_but_are_not_used(read, capsys):
     data = read(sst(*rows))
     assert len(data) == 300
     assert sorted(set(range(300)) - set(data.usable.tolist())) == [10, 20, 30]
-    warning = "3 rows have no label or an empty text and are left out of training and scores: line 12, 22, 32"
+    warning = "3 rows have no label or an empty text and are left out: line 12, 22, 32"
     assert warning in capsys.readouterr().err
     # they still get a prediction
     assert data.batch(np.array([20])).segments[0][0].tolist() == [[CLS, SEP]]

@@ -657,7 +657,7 @@ PREDICTIONS = {
         nothing,
         lambda world: (predict.main, [str(world.finished / "vocab.txt"), "sst", "a"]),
         REFUSED,
-        ("no run here",),
+        ("config.json",),
     ),
     "a folder that may not be read": (lock_away("finished"), predict_text, REFUSED, ("finished", "ermission denied")),
     "a config that may not be read": (
