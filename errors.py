@@ -5,7 +5,7 @@ import io
 import os
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 # seconds that a process of torchrun waits before it prints an error; torchrun needs far less to end it
 PATIENCE = 5
@@ -65,10 +65,9 @@ class Lenient(io.FileIO):
 
     def write(self, data):
         """Write the data, or drop them."""
-        try:
+        with suppress(OSError):
             return super().write(data)
-        except OSError:
-            return len(data)
+        return len(data)
 
 
 def open_streams(lenient):

@@ -19,7 +19,6 @@ import resource
 import shutil
 import signal
 import subprocess
-import sys
 import time
 import uuid
 from contextlib import contextmanager, suppress
@@ -205,13 +204,9 @@ class RunFolder:
             with suppress(OSError):
                 self.path.rmdir()
 
-    def identity(self):
-        """The id of the run that is here now; None before it is created."""
-        return self.config().get("id") if self.exists() else None
-
     def check_owner(self):
         """Fail where another run has taken this one's place, for example after a user has removed the directory."""
-        if self.identity() != self.id:
+        if (self.config().get("id") if self.exists() else None) != self.id:
             raise InputError(f"{self.path}: this run was removed or replaced while it was running: stopped")
 
     # --- its start ------------------------------------------------------------------------------------------------
@@ -325,7 +320,7 @@ class RunFolder:
 
         Raises: InputError where there is nothing to continue, or the file is damaged.
         """
-        path, self.id = self.path / "last.pt", self.identity()
+        path, self.id = self.path / "last.pt", self.config().get("id")
         if self.complete():
             raise InputError(f"{self.path}: this run is complete: --overwrite replaces it, or choose another --run_dir")
         if not path.exists():
@@ -436,14 +431,9 @@ def check_same_files(before, now, paths):
 
 def hash_weights(folder):
     """sha256 of every file that decides what the weights in a folder compute, by name."""
-    files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
-    files += [folder / name for name in ("config.json", "vocab.txt", "tokenizer_config.json")]
+    files = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
+    files = [*sorted(files), *(folder / name for name in ("config.json", *TOKENIZER_FILES))]
     return {path.name: sha256(path) for path in files if path.is_file()}
-
-
-def command_line():
-    """The command as typed."""
-    return " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
 # --- signals and history ------------------------------------------------------------------------------------------

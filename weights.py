@@ -124,8 +124,7 @@ def load_torch(path):
     """
     with_code = f"{path}: contains pickled code besides tensors, which is not run: use a model.safetensors"
     with opened(path) as file:
-        start = file.read(len(TORCH_PICKLE))
-        file.seek(0)
+        start = file.peek()[: len(TORCH_PICKLE)]
         if start[:1] == TORCH_PICKLE[:1] and start != TORCH_PICKLE:
             raise InputError(with_code)
         try:

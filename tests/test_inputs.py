@@ -10,25 +10,34 @@ its memory. So a case also fails where the program waits for a pipe, or first us
 """
 
 import ctypes
+import errno
+import io
 import json
 import os
 import pickle
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+import driver
 import pytest
 import safetensors.torch
 import torch
 from driver import main
-from tiny import Program, call_at, state_of
+from safetensors.torch import load_file
+from tiny import Program, become_process, call_at, leave_pictures_blank, log_of, state_of
 
 import multitask_classifier
 import predict
-from errors import run_script
+import report
+import runs
+from errors import InputError, run_script
+from files import write_whole
 from tokenizer import BertTokenizer
 
 REFUSED, WARNED, GOES_ON = "refused", "warned", "goes on"
@@ -756,3 +765,196 @@ def test_a_bad_input_has_its_outcome(world, capsys, monkeypatch, name):
 def test_the_table_is_long_enough():
     assert len(CASES) >= 120
     assert {case[2] for case in CASES.values()} == {REFUSED, WARNED, GOES_ON}
+
+
+# --- one process for a run -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def training_now(world, monkeypatch):
+    """A run that stops in its third step, while the body of the test runs: training_now(name, body)."""
+
+    def start(name, body, *flags):
+        call_at(monkeypatch, multitask_classifier, "train_step", 3, body)
+        return main(world.command(name, "--epochs", 1, *flags))
+
+    return start
+
+
+def run_apart(argv, output, prepare=None):
+    """In a process of its own: run the program as a script."""
+    become_process(output)
+    if prepare:
+        prepare()
+    leave_pictures_blank(pytest.MonkeyPatch())
+    run_script(lambda: main(argv), lenient=True)
+
+
+@pytest.fixture
+def apart(world, forkserver):
+    """Run a command in another process. Returns (exit status, what it printed)."""
+
+    def start(argv, prepare=None):
+        output = world.folder / "printed.txt"
+        output.unlink(missing_ok=True)
+        process = forkserver.Process(target=run_apart, args=(list(map(str, argv)), output, prepare))
+        process.start()
+        process.join(60)
+        return process.exitcode, output.read_text(errors="replace")
+
+    return start
+
+
+def test_a_second_process_is_refused_whatever_it_wants(world, training_now, apart):
+    """It prints one line, with the number of the process that holds the run, and changes nothing."""
+    commands = {
+        "overwrite": world.command("new", "--overwrite"),
+        "resume": ["--resume", "--run_dir", world.path("new")],
+        "evaluate": ["--option", "evaluate", "--run_dir", world.path("new")],
+    }
+    refused = {}
+
+    def others():
+        for name, command in commands.items():
+            before = content(world.path("new"))
+            refused[name] = apart(command), before == content(world.path("new"))
+
+    assert not training_now("new", others)
+    for name, ((status, printed), unchanged) in refused.items():
+        assert status == 2 and printed.count("\n") == 1 and unchanged, (name, printed)
+        assert f"process {os.getpid()} on" in printed and str(world.path("new")) in printed
+    assert len(refused) == 3 and not (world.path("new") / runs.LOCK).exists()
+
+
+def test_of_two_starts_at_the_same_moment_one_trains(world, forkserver):
+    outputs = [world.folder / f"printed-{k}.txt" for k in range(2)]
+    command = list(map(str, world.command("new", "--epochs", 1)))
+    starts = [forkserver.Process(target=run_apart, args=(command, output)) for output in outputs]
+    for start in starts:
+        start.start()
+    for start in starts:
+        start.join(60)
+    assert sorted(start.exitcode for start in starts) == [0, 2]
+    loser = outputs[[start.exitcode for start in starts].index(2)].read_text()
+    assert loser.count("error: ") == 1 and str(world.path("new")) in loser
+    assert (world.path("new") / "summary.json").is_file()
+    steps = [line["step"] for line in log_of(world.path("new")) if line["kind"] == "step"]
+    assert steps == sorted(set(steps))
+
+
+def test_the_lock_of_a_killed_process_is_no_obstacle(world, training_now):
+    (world.stopped / runs.LOCK).write_text("process 1 on another machine")
+    assert not main(list(map(str, resume(world)[1])))
+    assert not (world.stopped / runs.LOCK).exists()
+
+
+def test_without_locks_the_run_goes_on_with_a_warning(world, monkeypatch, capsys):
+    def no_locks(*arguments):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(runs.fcntl, "flock", no_locks)
+    world.train("new", "--epochs", 1)
+    assert "warning: " in (err := capsys.readouterr().err) and "No locks available" in err
+
+
+def test_a_run_whose_directory_was_taken_writes_nothing_into_it(world, training_now):
+    """A user removes the directory of a run that is training, and starts another run there."""
+    new, found = world.path("new"), {}
+
+    def replace_it():
+        shutil.rmtree(new)
+        shutil.copytree(world.finished, new)
+        found.update(content(new))
+
+    with pytest.raises(InputError, match="removed or replaced"):
+        training_now("new", replace_it)
+    assert content(new) == found
+
+
+def test_overwrite_removes_what_a_run_writes_and_nothing_else(world, monkeypatch):
+    """All files of a run with exits, of its evaluation and of its sweep go; a user's files stay."""
+    run = world.finished
+    monkeypatch.setattr(report, "plot_sweep", lambda path, *_: write_whole(path, b""))  # drawing takes seconds
+    main(["--option", "evaluate", "--run_dir", str(run), "--data_dir", str(world.data)])
+    sweep = ["--exit_threshold", "0,.9", "--data_dir", str(world.data)]
+    main(["--option", "evaluate", "--run_dir", str(run), *sweep])
+    (run / ".last.pt.123.part").write_text("half")
+    written = {path for path in run.rglob("*") if path.is_file()}
+    own = {run / name for name in ("thesis.tex", "predictions/mine.csv", ".own.part", "notes/summary.json")}
+    for path in own:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("two years of work")
+    world.train("finished", "--epochs", 1, "--overwrite")
+    assert {path.read_text() for path in own} == {"two years of work"}
+    usual = {path for path in world.train("usual", "--epochs", 1).rglob("*") if path.is_file()}
+    left = {path.relative_to(run) for path in run.rglob("*") if path.is_file() and path not in own}
+    assert left == {path.relative_to(world.path("usual")) for path in usual}
+    assert len(written) > 30 and not (run / "evaluate").exists()
+
+
+# --- output: the run is what counts --------------------------------------------------------------------------------
+
+
+def close_output(*numbers):
+    """Close standard streams as a shell does."""
+    for number in numbers:
+        os.close(number)
+        name = ("stdin", "stdout", "stderr")[number]
+        setattr(sys, name, None)
+        setattr(sys, f"__{name}__", None)
+
+
+def fill_output(*numbers):
+    """Let standard streams lead to a disk that is full."""
+    full = os.open("/dev/full", os.O_WRONLY)
+    for number in numbers:
+        os.dup2(full, number)
+
+
+def use_ascii():
+    """Let standard output be a terminal without Unicode."""
+    sys.stdout = sys.__stdout__ = io.TextIOWrapper(io.FileIO(1, "w", closefd=False), "ascii")
+
+
+OUTPUTS = {
+    "standard output closed": partial(close_output, 1),
+    "standard error closed": partial(close_output, 2),
+    "all streams closed": partial(close_output, 0, 1, 2),
+    "standard output on a full disk": partial(fill_output, 1),
+    "both on a full disk": partial(fill_output, 1, 2),
+    "a terminal without Unicode": use_ascii,
+}
+
+
+@pytest.mark.parametrize("prepare", OUTPUTS.values(), ids=OUTPUTS)
+def test_a_run_goes_on_without_its_output(world, apart, prepare):
+    name = "new-\N{ROCKET}"
+    status, printed = apart(world.command(name, "--epochs", 1), prepare)
+    assert status == 0, printed
+    files = {path.relative_to(world.path(name)) for path in world.path(name).rglob("*")}
+    assert files == {path.relative_to(world.path("usual")) for path in world.train("usual", "--epochs", 1).rglob("*")}
+    ours, theirs = (load_file(world.path(run) / "best.safetensors") for run in (name, "usual"))
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    if prepare is use_ascii:
+        assert "new-\\U0001f680" in printed
+
+
+def test_a_prediction_that_cannot_be_printed_is_an_error(world, monkeypatch, capsys):
+    """Its output is what counts."""
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        with pytest.raises(SystemExit) as end:
+            run_script(lambda: predict.main([str(world.finished), "sst", "a film"]))
+        monkeypatch.undo()
+    assert end.value.code == 2 and "standard output: No space left on device" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="torchrun is tried on Linux")
+def test_a_mistake_under_torchrun_is_one_line(world):
+    """Both processes notice it; torchrun ends the second one before it prints."""
+    (world.data / "sts-dev.csv").write_text("id\n")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", driver.__file__]
+    how = dict(capture_output=True, text=True, timeout=100, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = subprocess.run([*command, *world.command("new")], **how)
+    assert done.returncode and done.stderr.count("error: ") == 1, done.stderr
+    assert "sts-dev.csv: line 1: no column" in done.stderr and not world.path("new").exists()
