@@ -26,7 +26,7 @@ from torch import nn
 
 from errors import InputError
 from files import read_json, write_whole
-from weights import KNOWN_WEIGHTS, check_vocabulary, find_weight_file, find_weights, read_weights
+from weights import check_vocabulary, find_weight_file, named_folder, read_weights
 
 # the names of config.json, each with its function
 ACTIVATIONS = {
@@ -187,6 +187,11 @@ class BertPreTrainedModel(nn.Module):
         self.config = config
         self.tokenizer_files = {}  # {name: content}, for save_pretrained
 
+    @property
+    def dtype(self):
+        """The type of the parameters' numbers. Source: the course's skeleton."""
+        return next(self.parameters()).dtype
+
     def init_weights(self, generator=None):
         """Draw all weights: normal matrices, zero biases, identity LayerNorms; return the model.
 
@@ -221,10 +226,11 @@ class BertPreTrainedModel(nn.Module):
     def from_pretrained(cls, name, generator=None, **arguments):
         """Build the model from a folder in the hub's layout, or from a known name such as "bert-base-uncased".
 
+        The model is in evaluation mode, as in the course's skeleton and in transformers.
         Where the file has no pooler, the generator draws one.
         Raises: InputError naming the file and the tensor for anything missing, unknown or of a wrong shape.
         """
-        folder = find_weights(name) if str(name) in KNOWN_WEIGHTS else Path(name)
+        folder = named_folder(name)
         path = find_weight_file(folder)
         if path is None:
             raise InputError(f"{folder}: has no model.safetensors or pytorch_model.bin: give another folder")
@@ -245,7 +251,7 @@ class BertPreTrainedModel(nn.Module):
             )
             weights["pooler.dense.bias"] = torch.zeros(config.hidden_size)
         model.copy_weights(weights, path)
-        return model
+        return model.eval()  # without dropout until the training loop calls train()
 
     def copy_weights(self, weights, path):
         """Fill every parameter from tensors under the hub's names, each used exactly once."""

@@ -227,3 +227,20 @@ class BertModel(BertPreTrainedModel):
         for _, state in self.encode(self.embed(input_ids, token_type_ids), attention_mask):
             h = state  # after the loop: the state after the last layer
         return {"last_hidden_state": h, "pooler_output": self.pool(h)}
+
+
+# --- the names of the CS224N skeleton -----------------------------------------------------------------------------
+
+
+def attention(self, key, query, value, attention_mask):
+    """Attend in each head and join the heads. Shapes: three times [b,h,s,k], [b,1,1,s]; returns [b,s,d]."""
+    return self.merge_heads(self.attend(query, key, value, attention_mask, self.dropout))
+
+
+def add_norm(self, input, output, dense_layer, dropout, ln_layer):
+    """Finish a sub-layer: LN(input + dropout(dense(output))). Shapes: [b,s,d]; returns [b,s,d]."""
+    return ln_layer(input + dropout(dense_layer(output)))
+
+
+# methods that no code here calls; they stand outside their classes, which a reader meets first
+BertSelfAttention.attention, BertLayer.add_norm = attention, add_norm

@@ -26,7 +26,7 @@ from evaluation import run_in_order
 from flags import METHODS, PRECISIONS, SAMPLE_DEFAULTS
 from methods import per_task, positive, positive_int
 from optimizer import OPTIMIZERS, SCHEDULES, parameter_groups
-from runs import check_same_files, describe_environment, hash_weights, sha256
+from runs import check_same_files, command_line, describe_environment, hash_weights, sha256
 from samplers import generator
 from slf import start_plan
 from tasks import TASKS, build_tasks, widen
@@ -170,7 +170,7 @@ class Inputs:
         """What config.json holds of them, and of the machine."""
         return {
             "flags": self.flags,
-            "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "command": command_line(),
             **describe_environment(device),
             "weights": {"folder": str(self.weights.resolve()), "sha256": self.weight_hashes},
             "data": self.data_hashes,

@@ -26,7 +26,8 @@ import torch
 
 from errors import InputError, warn
 from files import opened
-from tokenizer import pad, truncate_pair
+from tasks import TASKS
+from tokenizer import BertTokenizer, pad, truncate_pair
 
 SPLITS = ("train", "dev", "test")
 SAMPLE = Path(__file__).parent / "data" / "sample"
@@ -430,3 +431,54 @@ def report(datasets):
             if repeated:
                 lines.append(f"{'':<13}{repeated} dev examples occur in train word for word")
     return lines
+
+
+# --- the names of the CS224N skeleton -----------------------------------------------------------------------------
+
+
+class SkeletonRows(list):
+    """Rows of the CS224N skeleton with their `collate_fn`: (text, label, id), (text, text, label, id), or no label.
+
+    Source: the course's dataset classes, whose four names stand below.
+    Differs: one class, because a row shows by itself whether it is a pair and has a label. The tokenizer is that of
+        the weights which are there, since all of them have the same vocabulary.
+    """
+
+    def __init__(self, dataset, args, isRegression=False):
+        super().__init__(dataset)
+        self.dtype, self.tokenizer = torch.double if isRegression else torch.long, BertTokenizer.from_pretrained("auto")
+
+    def collate_fn(self, rows):
+        """Pad rows to a batch, a dict. Shapes: token_ids and attention_mask [b,s], of a pair with _1 and _2."""
+        # texts and ids are strings, labels are numbers: (text, label, id) has a number before the id
+        columns, labelled = list(zip(*rows, strict=True)), not isinstance(rows[0][-2], str)
+        batch = {"sents": list(columns[0]), "sent_ids": list(columns[-1])}
+        texts = columns[: -2 if labelled else -1]
+        for k, text in enumerate(texts, start=1):
+            for name, tensor in self.tokenizer(text).items():
+                batch[name.replace("input", "token") + f"_{k}" * (len(texts) > 1)] = tensor
+        return batch | ({"labels": torch.tensor(columns[-2], dtype=self.dtype)} if labelled else {})
+
+
+SentenceClassificationDataset = SentenceClassificationTestDataset = SkeletonRows
+SentencePairDataset = SentencePairTestDataset = SkeletonRows
+
+
+def read_rows(name, path, split):
+    """Read a task's file as rows of the skeleton."""
+    data = read_dataset(TASKS[name], path, BertTokenizer.from_pretrained("auto"), labelled=split != "test")
+    if split == "test":
+        return [(*data.text(i), data.identifier(i)) for i in range(len(data))]
+    number = float if data.task.is_regression else int
+    return [(*data.text(i), number(data.labels[i]), data.identifier(i)) for i in data.usable]
+
+
+def load_multitask_data(sentiment_filename, paraphrase_filename, similarity_filename, split="train"):
+    """Read the files of a split: (SST rows, {SST label: label}, Quora rows, STS rows); the rows are tuples.
+
+    Source: the course's datasets.py.
+    Differs: texts stay as they are in the file, which changes no token of an uncased tokenizer.
+    """
+    sst = read_rows("sst", sentiment_filename, split)
+    labels = {row[1]: row[1] for row in sst} if split != "test" else {}
+    return sst, labels, read_rows("para", paraphrase_filename, split), read_rows("sts", similarity_filename, split)

@@ -13,7 +13,7 @@ PATIENCE = 5
 NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
-class InputError(Exception):
+class InputError(ValueError):
     """A mistake in what the user gave; its text is one line that names file, line, value and what to do."""
 
 

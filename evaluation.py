@@ -16,17 +16,19 @@ import csv
 import io
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
+from datasets import SkeletonRows, read_rows
 from early_exit import AllExits, every_exit
 from errors import smaller, spare_memory
 from files import write_whole
 from parallel import deal, gather_batches
-from tasks import ACCURACY, PEARSON, SPEARMAN
+from tasks import ACCURACY, PEARSON, SPEARMAN, TASKS
 
 # a task has collapsed if it predicts one class for more than this share of the rows
 COLLAPSED = 0.99
@@ -239,6 +241,12 @@ def describe(predictions, i):
     return f"{value:.0f}", task.label_names[int(value)], f"{predictions.probabilities[i, int(value)]:.4f}"
 
 
+def prediction_text(task, ids, values):
+    """Return predictions in the course's format: a header line, then a line `id , value ` per example."""
+    lines = [f"{row_id} , {task.format(value)} " for row_id, value in zip(ids, values, strict=True)]
+    return "\n".join([task.output[0], *lines]) + "\n"
+
+
 def readable_table(predictions, **more):
     """A CSV of texts and predictions; `more` is {column: its values}."""
     data, table = predictions.data, io.StringIO()
@@ -251,17 +259,72 @@ def readable_table(predictions, **more):
 
 
 def write_predictions(folder, predictions, split):
-    """Write two files for one task and split: the course's format, and a readable CSV.
-
-    The course's format is a header line, then a line `id , value ` per example.
-    """
+    """Write two files for one task and split: the course's format, and a readable CSV."""
     data, task = predictions.data, predictions.data.task
-    lines = [task.output[0]] + [
-        f"{data.identifier(row)} , {task.format(value)} "
-        for row, value in zip(predictions.rows, predictions.values, strict=True)
-    ]
-    write_whole(Path(folder) / f"{task.name}-{split}-output.csv", "\n".join(lines) + "\n")
+    ids = map(data.identifier, predictions.rows)
+    write_whole(Path(folder) / f"{task.name}-{split}-output.csv", prediction_text(task, ids, predictions.values))
     # test rows have no label
     gold = ["" if np.isnan(label) else f"{label:g}" for label in data.labels[predictions.rows]]
     table = readable_table(predictions, gold=gold, layers=predictions.layers)
     write_whole(Path(folder) / f"{task.name}-{split}-readable.csv", table)
+
+
+# --- the names of the CS224N skeleton -----------------------------------------------------------------------------
+
+# {task: (method of the model, logits to predictions)}; a similarity may have any scale here
+SKELETON = {
+    "para": ("predict_paraphrase", lambda logits: logits.sigmoid().round()),
+    "sst": ("predict_sentiment", lambda logits: logits.argmax(-1)),
+    "sts": ("predict_similarity", lambda logits: logits),
+}
+
+
+@torch.no_grad()
+def eval_rows(name, loader, model, device):
+    """Predict a loader of datasets.SkeletonRows: (score, or None without labels, predictions, ids, labels, texts)."""
+    method, decode = SKELETON[name]
+    values, ids, labels, texts = [], [], [], []
+    model.eval()
+    for batch in loader:
+        names = [f"{key}{k}" for k in ("", "_1", "_2") for key in ("token_ids", "attention_mask")]
+        inputs = [batch[name].to(device) for name in names if name in batch]
+        values += decode(getattr(model, method)(*inputs)).flatten().tolist()
+        ids, labels = ids + batch["sent_ids"], labels + batch["labels"].tolist() if "labels" in batch else []
+        texts += batch["sents"]
+    score = TASKS[name].metric.function(values, labels) if labels else None
+    return score, values, ids, labels, texts
+
+
+def model_eval_sst(dataloader, model, device):
+    """Return SST's accuracy, macro F1, predictions, labels, texts and ids. Source: the course's evaluation.py."""
+    score, values, ids, labels, texts = eval_rows("sst", dataloader, model, device)
+    metrics, _ = score_classes(TASKS["sst"], np.array(values), np.array(labels))
+    return score, metrics["macro_f1"], values, labels, texts, ids
+
+
+def model_eval_multitask(sentiment_dataloader, paraphrase_dataloader, sts_dataloader, model, device):
+    """Return score, predictions and ids of Quora, then of SST, then of STS. Source: the course's evaluation.py (2023).
+
+    Differs: a constant similarity has correlation 0, not NaN.
+    """
+    loaders = (paraphrase_dataloader, sentiment_dataloader, sts_dataloader)
+    return sum((eval_rows(*pair, model, device)[:3] for pair in zip(SKELETON, loaders, strict=True)), ())
+
+
+def model_eval_test_multitask(*arguments):
+    """Return predictions and ids of Quora, SST and STS, for rows without labels. Source: the course's evaluation.py."""
+    return tuple(x for i, x in enumerate(model_eval_multitask(*arguments)) if i % 3)
+
+
+def test_model_multitask(args, model, device):
+    """Predict the dev and test rows of three files each, print the dev scores, write the files `args.sst_dev_out`, ...
+
+    Source: the course's evaluation.py.
+    """
+    for name, split in product(("sst", "para", "sts"), ("dev", "test")):
+        rows = SkeletonRows(read_rows(name, getattr(args, f"{name}_{split}"), split), args, name == "sts")
+        loader = torch.utils.data.DataLoader(rows, args.batch_size, collate_fn=rows.collate_fn)
+        score, values, ids, *_ = eval_rows(name, loader, model, device)
+        if split == "dev":
+            print(f"dev {name} {TASKS[name].metric.name}: {score:.3f}")
+        write_whole(getattr(args, f"{name}_{split}_out"), prediction_text(TASKS[name], ids, values))

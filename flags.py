@@ -41,13 +41,15 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 # Defaults of --slf for data/sample, whose epochs have 75 steps: with fewer or smaller steps an exit ends stage 1 at the
 # majority class. The learning rate was chosen for AdamW and a small BERT.
 SAMPLE_DEFAULTS = {"slf_epochs": 2.5, "lr": 2.5e-4, "epochs": 3}
+# The flags that a --preset stands for. "best" is the recipe of results/score.md.
+PRESETS = {"best": "--epochs 3 --batch_size 16 --pooling mean --bregman sst sts"}
 # flags that --option evaluate may change, with the files' flags; it takes all other flags from the run
 EVALUATE_FLAGS = {"use_gpu", "data_dir", "eval_batch_size", "precision", "attention", "exit_policy", "exit_threshold"}
 
 
 def file_flags():
-    """The names of the flags that name one CSV file each: sst_train, para_dev, ..."""
-    return {f"{name}_{split}" for name in TASKS for split in SPLITS}
+    """The names of the flags that name one CSV file each: sst_train, para_dev, ..., and the output files."""
+    return {f"{name}_{split}" for name in TASKS for split in SPLITS} | {"outputs"}
 
 
 def pair_encoding(text):
@@ -66,6 +68,14 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action):
         has_default = action.default is not None and action.default is not False
         return super()._get_help_string(action) if has_default else action.help
+
+
+class Preset(argparse.Action):
+    """Reads the flags that a preset stands for; a flag that is typed after it wins."""
+
+    def __call__(self, parser, namespace, value, option_string=None):
+        setattr(namespace, self.dest, value)
+        parser.parse_args(PRESETS[value].split(), namespace)
 
 
 def make_parser():
@@ -89,7 +99,11 @@ def make_parser():
         if method.title not in groups:
             groups[method.title] = parser.add_argument_group(method.title)
         method.add_flags(groups[method.title])
-    add_output_flags(parser.add_argument_group("output"))
+    add_output_flags(
+        parser.add_argument_group(
+            "output", "--sst_dev_out FILE, --para_test_out FILE, ... also copy that prediction file to FILE."
+        )
+    )
     return parser
 
 
@@ -102,6 +116,8 @@ def add_course_flags(group):
         help="pretrain: BERT frozen (the exits' poolers too, and no dropout in it), heads trained; "
         "finetune: everything; evaluate: score a saved run",
     )
+    stands_for = "; ".join(f"{name} stands for {words}" for name, words in PRESETS.items())
+    group.add_argument("--preset", action=Preset, choices=tuple(PRESETS), help=stands_for)
     group.add_argument("--use_gpu", action="store_true", help="train on CUDA or Apple's MPS where there is one")
     group.add_argument("--tasks", nargs="+", choices=tuple(TASKS), default=["sst", "para", "sts"], help="what to learn")
     group.add_argument("--epochs", type=positive_int, default=5, help="passes over each task's part of the data")
@@ -190,12 +206,18 @@ def add_output_flags(group):
     group.add_argument("--resume", action="store_true", help="continue the run in --run_dir")
     group.add_argument("--overwrite", action="store_true", help="replace the run in --run_dir")
     group.add_argument("--eval_batch_size", type=positive_int, default=32, help="examples per batch of an evaluation")
+    # the course's flags, kept as "sst-dev=FILE"
+    for key in (f"{name}-{split}" for name in TASKS for split in ("dev", "test")):
+        option, named = f"--{key.replace('-', '_')}_out", f"{key}={{}}".format
+        group.add_argument(option, metavar="CSV", dest="outputs", action="append", type=named, help=argparse.SUPPRESS)
 
 
 def parse_flags(argv=None):
     """Read the command line. Returns ({flag: value}, names of the flags that were typed, {flag: default})."""
     parser = make_parser()
     flags = vars(parser.parse_args(argv))
+    if flags["preset"]:
+        print(f"--preset {flags['preset']}: {PRESETS[flags['preset']]}")
     defaults = vars(parser.parse_args([]))
     # a second parser without defaults: what it reads was typed
     bare = make_parser()
@@ -229,6 +251,9 @@ def loop_conflicts(flags, typed):
     takes_all = flags["step"] == "all_tasks" or flags["gradients"] != "sum"
     chosen = f"--sampler {flags['sampler']} chooses one task per step: here every step takes all tasks"
     yield "sampler" in typed and takes_all, chosen
+    for entry in flags["outputs"] or ():
+        name, split = entry.partition("=")[0].split("-")
+        yield name not in flags["tasks"], f"--{name}_{split}_out: this run has no task {name}: add it to --tasks"
     siamese = any("siamese" in entry for entry in flags["pairs"])
     yield "siamese_features" in typed and not siamese, "--siamese_features belongs to --pairs siamese"
 
@@ -267,6 +292,8 @@ def reread(parser, action, value):
     # a switch takes no value
     is_alone = not isinstance(value, list) and action.nargs != 0
     words = [f"{option}={value}"] if is_alone else [option, *map(str, values)]
+    if action.dest == "outputs":  # entries such as sst-dev=FILE, of --sst_dev_out
+        words = [f"--{'_out='.join(str(entry).replace('-', '_', 1).split('=', 1))}" for entry in values]
     read = action.default if value == action.default else getattr(parser.parse_args(words), action.dest)
     if read != value:
         raise ValueError(f"--{action.dest} is {value!r}, but would be read as {read!r}")

@@ -37,7 +37,7 @@ from evaluation import AtExit, evaluate, fit_decision_threshold, predict
 from flags import EVALUATE_FLAGS, check_flags, file_flags, parse_flags, recorded_flags
 from methods import LossTerm
 from optimizer import clip_gradients
-from report import close_run, close_sweep, finish
+from report import close_run, close_sweep, copy_predictions, describe_run, finish, write_page
 from runs import FORMAT, FREE_FLAGS, Interrupted, Recorder, RunFolder, SignalGuard, check_same_run, name_run, sha256
 from samplers import SAMPLERS, all_tasks_order, generator, phase_rows, rows_per_epoch
 from tokenizer import BertTokenizer, pack, pad
@@ -412,6 +412,7 @@ def train_run(folder, flags, typed):
                 train(parts, recorder)
             with SignalGuard(immediate=True):
                 finish(parts, recorder)
+                copy_predictions(folder.path, flags["outputs"])
     except (Interrupted, KeyboardInterrupt):
         if parallel.rank() == 0:
             status = "is complete" if folder.complete() else f"is saved; continue with --resume --run_dir {folder.path}"
@@ -472,7 +473,9 @@ def evaluate_run(folder, flags, typed):
     if levels:
         close_sweep(run.model, parts.dev(), target, parts.exit_settings, levels, parts.inference())
     else:
-        close_run(run.model, data, target, parts.inference(), parts.exit_settings, parallel.progress_bars())
+        page = close_run(run.model, data, target, parts.inference(), parts.exit_settings, parallel.progress_bars())
+        write_page(target / "report.html", describe_run(folder) | page)
+        copy_predictions(target, flags["outputs"])
 
 
 def main(argv=None):

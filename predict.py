@@ -4,6 +4,7 @@
     python predict.py runs/finetune sst "a gripping film"
     python predict.py runs/finetune para "Is tea healthy?" "Is it good to drink tea?"
     python predict.py runs/finetune sts --file pairs.csv --out answers.csv
+    python predict.py runs/finetune sst "a gripping film" --html film.html
     cat reviews.txt | python predict.py runs/finetune sst
 
 It calls evaluation.predict, as a run does for its own prediction files, so a text gets the same numbers here.
@@ -22,6 +23,7 @@ from evaluation import AtExit, describe, predict, readable_table
 from files import write_whole
 from flags import PRECISIONS
 from methods import filled, positive_int
+from report import describe_texts, write_page
 from tasks import TASKS
 
 
@@ -33,6 +35,9 @@ def make_parser():
     parser.add_argument("texts", nargs="*", type=filled, metavar="TEXT", help="the text, or the two texts of a pair")
     parser.add_argument("--file", metavar="CSV", help="the course's format, tab separated; it needs no label column")
     parser.add_argument("--out", metavar="CSV", help="write texts and predictions to this file, instead of printing")
+    parser.add_argument(
+        "--html", metavar="HTML", help="also write a page: what each exit predicts, what each head reads"
+    )
     parser.add_argument("--precision", choices=tuple(PRECISIONS), help="default: the run's")
     parser.add_argument("--eval_batch_size", type=positive_int, help="texts at once; default: the run's")
     parser.add_argument("--use_gpu", action="store_true", help="work on CUDA or Apple's MPS where there is one")
@@ -105,8 +110,9 @@ def main(argv=None):
     """Predict what the command line asks for."""
     args = make_parser().parse_args(argv)
     # checked before the model is loaded, which takes seconds
-    if args.out and os.path.lexists(args.out):
-        raise InputError(f"--out {args.out}: exists already: remove it, or choose another name")
+    for flag, path in (("--out", args.out), ("--html", args.html)):
+        if path and os.path.lexists(path):
+            raise InputError(f"{flag} {path}: exists already: remove it, or choose another name")
     device = choose_device(args.use_gpu)
     changes = {name: value for name in ("precision", "eval_batch_size") if (value := getattr(args, name))}
     # model, tokenizer and exit policy of the run; --precision and --eval_batch_size do not change what it predicts
@@ -119,14 +125,11 @@ def main(argv=None):
     data = read_texts(args, tasks[args.task], run.tokenizer, flags["max_length"])
     if data.truncated:
         print(f"note: {data.truncated} rows are cut to {data.max_length} tokens", file=sys.stderr)
-    predictions = predict(
-        run.model,
-        data,
-        infer=run.infer,  # leaves early where the run was trained to
-        batch_size=flags["eval_batch_size"],
-        precision=make_autocast(flags["precision"], device),
-        show_bar=sys.stderr.isatty(),
-    )
+    options = {"batch_size": flags["eval_batch_size"], "precision": make_autocast(flags["precision"], device)}
+    # `run.infer` leaves early where the run was trained to
+    predictions = predict(run.model, data, infer=run.infer, show_bar=sys.stderr.isatty(), **options)
+    if args.html:
+        write_page(args.html, describe_texts(run.model, predictions, options["precision"]))
     if args.out:
         write_whole(args.out, readable_table(predictions))
     else:

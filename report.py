@@ -1,30 +1,39 @@
-"""What a run prints and draws at its end, and `--option evaluate` again: scores, exits, predictions, pictures.
+"""What a run prints and writes at its end, and `--option evaluate` again: scores, exits, predictions, a page.
 
-    close_run      dev scores, early exit with cross-fitted thresholds, prediction files
+    close_run      dev scores, early exit with cross-fitted thresholds, prediction files; collects a page's content
     close_sweep    early exit at several thresholds: score against layers and time
+    write_page     report.html: the content as JSON inside report_page.html, whose script draws tables and charts
 
-A picture is a PNG of plain numbers: each `plot_` function writes one.
+The picture of a sweep is a PNG.
 """
 
+import base64
 import csv
 import io
-import textwrap
+import json
+import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
+import torch
 
-from early_exit import FOLDS, UNREACHABLE, ExitInference, cross_fit, layer_scores, scores_at
+from bert import attend_plain
+from early_exit import FOLDS, UNREACHABLE, ExitInference, candidates, cross_fit, layer_scores, scores_at
 from evaluation import AtExit, evaluate, mean_norm, predict, predict_exits, write_predictions
 from files import write_whole
 from parallel import progress_bars
-from runs import memory_mib
+from runs import command_line, memory_mib
 
 # colours of the tasks, by their position in the run: well apart for colour-blind readers (Okabe and Ito)
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 ALL_TASKS, FULL_DEPTH, AUTO = "#333333", "#888888", "#b8860b"
 # points nearer to each other than these shares of the axes share one label
 NEAR_X, NEAR_Y = 0.09, 0.12
+TEMPLATE = Path(__file__).with_name("report_page.html")
+# a page has this many mistakes of each task, texts in all, and tokens in an attention map
+MISTAKES, TEXTS, MAP_TOKENS = 20, 6, 40
 
 
 # --- files --------------------------------------------------------------------------------------------------------
@@ -107,65 +116,6 @@ def plot_sweep(path, rows, title):
     save(figure, path)
 
 
-def plot_exits(path, shares, title):
-    """Draw the share of rows that left at each exit. `shares` is {task: [L]}."""
-    figure = make_figure(0.8 + 3.4 * len(shares), 3.2)
-    panels = figure.subplots(1, len(shares), sharey=True, squeeze=False)[0]
-    for k, (axes, (name, share)) in enumerate(zip(panels, shares.items(), strict=True)):
-        layers = np.arange(1, len(share) + 1)
-        bars = axes.bar(layers, 100 * np.asarray(share), color=COLORS[k % len(COLORS)])
-        axes.bar_label(bars, fmt="%.0f", fontsize=8 if len(share) <= 8 else 7, padding=1)
-        axes.set_title(f"{name}: mean {float(layers @ share):.2f} of {len(share)} layers", fontsize=10)
-        axes.set_xticks(layers)
-        axes.set_xlabel("exit after layer")
-        axes.margins(y=0.1)
-        clean(axes)
-        axes.grid(visible=False, axis="x")
-    panels[0].set_ylabel("rows (%)")
-    figure.suptitle(title, fontsize=11)
-    save(figure, path)
-
-
-def plot_layer_scores(path, scores, metrics, title):
-    """Draw the score of each exit if all rows left there. `scores` is {task: [L]}, `metrics` {task: metric name}."""
-    figure = make_figure(6.4, 3.8)
-    axes = figure.subplots()
-    for k, (name, values) in enumerate(scores.items()):
-        layers = np.arange(1, len(values) + 1)
-        color = COLORS[k % len(COLORS)]
-        axes.plot(layers, values, "-o", color=color, label=f"{name} ({metrics[name]})", markersize=4)
-    axes.set_xticks(layers)
-    axes.set_xlabel("exit after layer")
-    axes.set_ylabel("score")
-    axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    axes.set_title(title, fontsize=11)
-    clean(axes)
-    save(figure, path)
-
-
-def plot_confusion(path, confusion, label_names, title):
-    """Draw a confusion matrix: counts, and the share of each gold class as the colour. Shapes: [classes, classes]."""
-    confusion, classes = np.asarray(confusion), range(len(label_names))
-    shares = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
-    size = 2.6 + 0.9 * len(label_names)
-    figure = make_figure(size + 0.6, size)
-    axes = figure.subplots()
-    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    for gold in classes:
-        for predicted in classes:
-            color = "white" if shares[gold, predicted] > 0.5 else "black"
-            text = f"{confusion[gold, predicted]}\n{shares[gold, predicted]:.0%}"
-            axes.text(predicted, gold, text, ha="center", va="center", color=color, fontsize=9)
-    names = [textwrap.fill(name, 10) for name in label_names]
-    axes.set_xticks(classes, names, fontsize=8)
-    axes.set_yticks(classes, names, fontsize=8)
-    axes.set_xlabel("predicted")
-    axes.set_ylabel("gold")
-    axes.set_title(title, fontsize=11)
-    figure.colorbar(image, ax=axes, label="share of the gold class", shrink=0.8)
-    save(figure, path)
-
-
 # --- tables -------------------------------------------------------------------------------------------------------
 
 
@@ -203,6 +153,163 @@ def exit_table(all_exits, record):
     return lines
 
 
+# --- the page: each function returns plain data for report_page.html ----------------------------------------------
+
+
+def describe_run(folder):
+    """What was run, and its learning curves: the files of a run folder."""
+    lines = folder.log_path.read_text().splitlines(keepends=True) if folder.log_path.exists() else []
+    return {
+        "title": f"Run {folder.path}",
+        "written_by": command_line(),
+        "run": folder.config(),
+        "summary": folder.read_summary(),
+        # a killed run may leave half a line
+        "log": [json.loads(line) for line in lines if line.endswith("\n")],
+    }
+
+
+def describe_task(data):
+    """A task's name, number of usable rows, labels and metric. The labels of a regression have no names."""
+    task, metric = data.task, data.task.metric
+    about = {"title": task.title, "rows": len(data.usable), "labels": task.label_names}
+    return about | {"metric": metric.name, "low": metric.low, "high": metric.high}
+
+
+def constant_score(predictions):
+    """The score if every row had the same prediction: the most frequent class, or the mean of a regression."""
+    task, labels = predictions.data.task, predictions.data.labels[predictions.rows]
+    constant = labels.mean() if task.is_regression else np.bincount(labels.astype(int)).argmax()
+    return task.metric.function(np.full_like(labels, constant), labels)
+
+
+def threshold_curves(all_exits, record):
+    """What leaving at each threshold gives, for the page's sliders: {task: a list of dicts, lowest threshold first}."""
+    curves = {}
+    for name, task_exits in all_exits.items():
+        policy = record["policies"][name]
+        thresholds = np.union1d(candidates(task_exits, policy)[0], record["thresholds"][name])
+        results = [scores_at(task_exits, policy, threshold) for threshold in thresholds]
+        curves[name] = [
+            {"threshold": threshold, "score": x.score, "layers": x.mean_layers, "shares": x.shares.tolist()}
+            for threshold, x in zip(thresholds.tolist(), results, strict=True)
+        ]
+    return curves
+
+
+def rank_mistakes(predictions):
+    """How bad each prediction is, and the positions from the worst to the best. Shapes: [n], [n].
+
+    A mistake of a classification is as bad as its probability, one of a regression as its error; a right class is 0.
+    """
+    badness = np.abs(predictions.values - predictions.data.labels[predictions.rows])
+    if predictions.probabilities is not None:
+        badness = np.where(badness > 0, predictions.probabilities.max(1), 0.0)
+    return badness, np.argsort(-badness, kind="stable")
+
+
+def describe_row(predictions, i):
+    """Prediction i with its texts. A text without a label has None."""
+    data, row = predictions.data, predictions.rows[i]
+    return {
+        "id": data.identifier(row),
+        "texts": data.text(row),
+        "label": None if np.isnan(data.labels[row]) else float(data.labels[row]),
+        "prediction": float(predictions.values[i]),
+        "layers": int(predictions.layers[i]),
+    }
+
+
+def read_attention(model, batch, exits):
+    """Run the model on one row and keep the attention's weights.
+
+    A fused kernel does not show its weights, so the layers run attend_plain. Layers that --compile translated run as
+    they are written, because to translate them again would take longer than the rest of the page. Without --compile
+    torch._dynamo is not loaded, and to load it takes seconds.
+    Shapes: returns Outputs and, for each layer and in it for each encoder pass, [h,s,s].
+    """
+    maps, layers = [], [layer.self_attention for layer in model.bert.bert_layers]
+    usual, was_training = layers[0].attend, model.training
+
+    def keep(weights):
+        maps.append(weights[0].float().cpu())  # [b,h,s,s] to [h,s,s]
+        return weights
+
+    def attend(query, key, value, extended_mask, dropout):
+        # `keep` stands in the place of dropout, which changes nothing in evaluation
+        return attend_plain(query, key, value, extended_mask, keep)
+
+    model.eval()
+    try:
+        for layer in layers:
+            layer.attend = attend
+        with torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext():
+            return model(batch, exits=exits), maps
+    finally:
+        for layer in layers:
+            layer.attend = usual
+        model.train(was_training)
+
+
+@torch.no_grad()
+def explain(model, predictions, i, precision):
+    """Prediction i, what every exit predicts for it, and the attention weights of every layer, head and encoder pass.
+
+    The weights are bytes in base64, [L,h,s,s] for the first MAP_TOKENS tokens, and 255 stands for a weight of 1.
+    """
+    data, task = predictions.data.with_features(None), predictions.data.task
+    batch = data.batch(predictions.rows[[i]]).to(next(model.parameters()).device)
+    exits = tuple(range(1, model.depth + 1)) if len(model.lte) else (model.depth,)
+    with precision():
+        outputs, maps = read_attention(model, batch, exits)
+        lte = {j: float(model.lte[task.name].certainty(outputs.states[j])) for j in exits if len(model.lte)}
+    rows, passes, count = [], [], len(maps) // model.depth
+    for j in exits:
+        values, probabilities = task.objective.decode(outputs.logits[j].float(), model.decision_threshold(task.name))
+        probabilities = None if probabilities is None else probabilities[0].tolist()
+        rows.append({"layer": j, "prediction": float(values), "probabilities": probabilities, "lte": lte.get(j)})
+    # siamese pairs have a pass for each text; the segments of other rows are one sequence
+    ids = [segment[0][0].tolist() for segment in batch.segments]
+    for k, tokens in enumerate(ids if count > 1 else [sum(ids, [])]):
+        weights = torch.stack(maps[k::count])[..., :MAP_TOKENS, :MAP_TOKENS]  # [L,h,s,s]
+        encoded = base64.b64encode((255 * weights).round().to(torch.uint8).numpy()).decode()
+        shown = [data.tokenizer.tokens[token] for token in tokens[:MAP_TOKENS]]
+        sizes = {"layers": model.depth, "heads": weights.shape[1], "total": len(tokens)}
+        passes.append({"tokens": shown, **sizes, "weights": encoded})
+    return describe_row(predictions, i) | {"task": task.name, "exits": rows, "passes": passes}
+
+
+def describe_predictions(model, predictions, precision):
+    """The tasks and their mistakes, and a few rows explained, from the worst prediction to the best."""
+    mistakes, sentences, count = {}, [], max(1, TEXTS // len(predictions))
+    for name, predicted in predictions.items():
+        badness, order = rank_mistakes(predicted)
+        wrong = [i for i in order[:MISTAKES] if badness[i] > 0]
+        mistakes[name] = [describe_row(predicted, i) | {"badness": float(badness[i])} for i in wrong]
+        picked = order[np.unique(np.linspace(0, len(order) - 1, count).astype(int))]
+        sentences += [explain(model, predicted, i, precision) for i in picked]
+    tasks = {name: describe_task(predicted.data) for name, predicted in predictions.items()}
+    constant = {name: constant_score(predicted) for name, predicted in predictions.items()}
+    return {"tasks": tasks, "constant": constant, "mistakes": mistakes, "sentences": sentences}
+
+
+def describe_texts(model, predictions, precision):
+    """The page of predict.py: the first texts explained."""
+    explained = [explain(model, predictions, i, precision) for i in range(len(predictions.rows))[:TEXTS]]
+    tasks = {predictions.data.task.name: describe_task(predictions.data)}
+    title = {"title": f"Predictions: {predictions.data.task.title}", "written_by": command_line()}
+    return title | {"tasks": tasks, "texts": len(predictions.rows), "sentences": explained}
+
+
+def write_page(path, page):
+    """Write a page that a browser shows without a network. `page` is plain data."""
+    # JSON has no NaN: it becomes null
+    page = json.loads(json.dumps(page), parse_constant=lambda name: None)
+    # no text can end the script element, because a "<" of a text becomes \\u003c
+    content = json.dumps(page, ensure_ascii=False, allow_nan=False).replace("<", r"\u003c")
+    write_whole(path, TEMPLATE.read_text(encoding="utf-8").replace("{{page}}", content))
+
+
 # --- the end of a run ---------------------------------------------------------------------------------------------
 
 
@@ -230,43 +337,37 @@ def score_exits(tasks, all_exits, settings):
     }
 
 
-def close_exits(model, datasets, folder, settings, options):
-    """Choose the exit thresholds and print and draw what they do. Returns (inference, record for summary.json)."""
+def close_exits(model, datasets, settings, options):
+    """Choose the exit thresholds and print what they do.
+
+    Returns (inference, record for summary.json, the page's `threshold_curves`).
+    """
     tasks = {name: data.task for name, data in datasets.items()}
     all_exits = {name: predict_exits(model, data, **options) for name, data in datasets.items()}
     record = score_exits(tasks, all_exits, settings)
     print("\n".join(exit_table(all_exits, record)))
-    metrics = {name: task.metric.name for name, task in tasks.items()}
-    plot_exits(
-        folder / "exits.png", record["shares"], "Where the dev rows leave, with the thresholds that the run keeps"
-    )
-    plot_layer_scores(folder / "layer-scores.png", record["layer_scores"], metrics, "Dev score if all rows left there")
-    return ExitInference(settings.policies, record["thresholds"]), record
+    return ExitInference(settings.policies, record["thresholds"]), record, threshold_curves(all_exits, record)
 
 
 def close_run(model, data, folder, options, settings=None, show_bar=False, known=None):
-    """Score the model on dev, with exits too where there are settings; write predictions and pictures into `folder`.
+    """Score the model on dev, with exits too where there are settings; write predictions into `folder`.
 
     `data` is {task: {split: Dataset}}; `options` are arguments of `predict`. `known` is the result of `evaluate` for
     this model, if there is one. A run with exits evaluates again, in order to measure the time.
-    Returns (scores as plain data, the `exits` record of summary.json or None).
+    Returns the content of a page, in it `scores` and `exits` (None without settings) as summary.json holds them.
     """
     folder = Path(folder)
     dev = {name: splits["dev"] for name, splits in data.items()}
     tasks = {name: dataset.task for name, dataset in dev.items()}
     started = time.perf_counter()
     scores, predictions = known if known and not settings else evaluate(model, dev, **options)
-    seconds, infer, exit_record = time.perf_counter() - started, AtExit(), None
+    seconds, infer, exit_record, curves = time.perf_counter() - started, AtExit(), None, None
     for warning in scores.warnings:
         print(f"warning: {warning}")
     print("\n".join(score_table(tasks, scores.tasks)))
     print(f"raw {scores.raw:.4f}   norm {scores.norm:.4f}")
-    for name, metrics in scores.tasks.items():
-        if "confusion" in metrics:
-            title = f"{tasks[name].title}, dev"
-            plot_confusion(folder / f"confusion-{name}.png", metrics["confusion"], tasks[name].label_names, title)
     if settings:
-        infer, exit_record = close_exits(model, dev, folder, settings, options)
+        infer, exit_record, curves = close_exits(model, dev, settings, options)
         started = time.perf_counter()
         left, predictions = evaluate(model, dev, infer=infer, **options)
         exit_record |= {"dev": left.record(), "seconds": {"full": seconds, "exit": time.perf_counter() - started}}
@@ -279,23 +380,33 @@ def close_run(model, data, folder, options, settings=None, show_bar=False, known
                 predicted = predict(model, splits[split], infer=infer, show_bar=show_bar, **options)
             write_predictions(folder / "predictions", predicted, split)
     print(f"predictions: {folder / 'predictions'}")
-    return scores.record(), exit_record
+    page = describe_predictions(model, predictions, options["precision"])
+    return page | {"scores": scores.record(), "exits": exit_record, "curves": curves}
+
+
+def copy_predictions(folder, outputs):
+    """Copy prediction files of a run; `outputs` has entries such as "sst-dev=FILE", from the flag --sst_dev_out."""
+    for key, _, path in (entry.partition("=") for entry in outputs or ()):
+        source = Path(folder) / "predictions" / f"{key}-output.csv"
+        # a function, since only the first process has the file
+        write_whole(path, lambda out, source=source: out.write(source.read_bytes()))
 
 
 def finish(parts, recorder):
-    """Evaluate the best model, write its predictions, pictures and the summary."""
+    """Evaluate the best model, write its predictions, the summary and report.html."""
     folder, history = recorder.folder, recorder.history
     folder.load_best(parts.model)
     print(f"\nbest model: {history.best_phase} (last phase: norm {history.last_scores['norm']:.4f})")
     started = time.monotonic()
     bars = progress_bars()
-    scores, exit_record = close_run(
+    page = close_run(
         parts.model, parts.data, folder.path, parts.inference(), parts.exit_settings, bars, recorder.best_evaluation
     )
-    counted = exit_record["dev"] if exit_record else scores
+    exit_record = page["exits"]
+    counted = exit_record["dev"] if exit_record else page["scores"]
     folder.summary(
         {
-            "best": {"phase": history.best_phase, **scores},
+            "best": {"phase": history.best_phase, **page["scores"]},
             "last": history.last_scores,
             "phase_norms": history.scores,
             "steps": history.total_steps,
@@ -307,7 +418,9 @@ def finish(parts, recorder):
             "exits": exit_record,
         }
     )
+    write_page(folder.path / "report.html", describe_run(folder) | page)
     print(f"minutes: training {history.train_seconds / 60:.1f}, evaluation {history.eval_seconds / 60:.1f}")
+    print(f"page: {folder.path / 'report.html'}")
     recorder.remove_last()
 
 

@@ -19,6 +19,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import sys
 import time
 import uuid
 from contextlib import contextmanager, suppress
@@ -42,7 +43,7 @@ from weights import load_safetensors, load_torch
 # the version of config.json and its flags
 FORMAT = 2
 # flags that do not change what a run computes: they may differ when it is resumed
-NEUTRAL_FLAGS = {"run_dir", "resume", "overwrite", "eval_batch_size"}
+NEUTRAL_FLAGS = {"run_dir", "resume", "overwrite", "eval_batch_size", "outputs"}
 FREE_FLAGS = NEUTRAL_FLAGS | {"data_dir", "weights"}
 # where a new run's first files wait until all of them are written
 STAGING = ".minbert-new-run"
@@ -52,7 +53,9 @@ LOCK = ".lock"
 # and no other file.
 FILES = (
     *("config.json", *TOKENIZER_FILES, "log.jsonl", "nan-batch.json", "last.pt"),
-    *("best.safetensors", "summary.json", "exits.png", "layer-scores.png", "sweep.csv", "sweep.png"),
+    *("best.safetensors", "summary.json", "report.html", "sweep.csv", "sweep.png"),
+    # earlier versions drew pictures
+    *("exits.png", "layer-scores.png"),
     *(f"confusion-{name}.png" for name in TASKS),
     *(f"predictions/{name}-{split}-output.csv" for name in TASKS for split in ("dev", "test")),
     *(f"predictions/{name}-{split}-readable.csv" for name in TASKS for split in ("dev", "test")),
@@ -434,6 +437,11 @@ def hash_weights(folder):
     files = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
     files = [*sorted(files), *(folder / name for name in ("config.json", *TOKENIZER_FILES))]
     return {path.name: sha256(path) for path in files if path.is_file()}
+
+
+def command_line():
+    """The command as typed."""
+    return " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
 # --- signals and history ------------------------------------------------------------------------------------------

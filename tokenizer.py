@@ -30,17 +30,16 @@ Translation System", section 4.1. The ids equal those of transformers' BertToken
 """
 
 import io
-import os
 import re
 import unicodedata
 from itertools import chain
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from errors import InputError
 from files import opened, read_json
+from weights import named_folder
 
 PAD, UNK, CLS, SEP, MASK = SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 SPECIAL_PATTERN = re.compile("(" + "|".join(re.escape(token) for token in SPECIAL_TOKENS) + ")")
@@ -191,13 +190,14 @@ class BertTokenizer:
         self._cache = {}
 
     @classmethod
-    def from_pretrained(cls, folder):
-        """Make a tokenizer from a folder with vocab.txt and, optionally, tokenizer_config.json.
+    def from_pretrained(cls, name):
+        """Make a tokenizer from a folder with vocab.txt and, optionally, tokenizer_config.json, or from a known name.
 
         Raises: InputError if one of the two files is unusable.
         """
-        vocab = read_vocabulary(Path(folder) / "vocab.txt")
-        return cls(vocab, read_lower_case_setting(Path(folder) / "tokenizer_config.json", vocab))
+        folder = named_folder(name)
+        vocab = read_vocabulary(folder / "vocab.txt")
+        return cls(vocab, read_lower_case_setting(folder / "tokenizer_config.json", vocab))
 
     def __len__(self):
         return len(self.vocab)
@@ -243,14 +243,16 @@ class BertTokenizer:
         """Pack one text or a pair of texts with this vocabulary's [CLS] and [SEP]; see the function pack."""
         return pack(first, second, self.cls_id, self.sep_id, limit)
 
-    def __call__(self, texts, pairs=None, max_length=512, padding=True, truncation=True):
+    def __call__(self, texts, pairs=None, max_length=512, padding=True, truncation=True, return_tensors="pt"):
         """Encode, pack and pad a list of texts, or of pairs of texts.
 
         Shapes: input_ids, attention_mask, token_type_ids, each [b,s] with s the longest of the batch; without padding
             lists of lists.
         Raises: TypeError for a str in place of a list; ValueError if the lists have different lengths; InputError
-            if `max_length` has no room for the special tokens.
+            if `max_length` has no room for the special tokens, and for other than PyTorch tensors.
         """
+        if return_tensors != "pt":
+            raise InputError(f"return_tensors is {return_tensors!r}; only 'pt' is possible, PyTorch tensors")
         if isinstance(texts, str) or isinstance(pairs, str):
             raise TypeError("texts and pairs must be lists of strings; for a single text write [text]")
         if pairs is not None and len(pairs) != len(texts):
@@ -377,7 +379,7 @@ def read_lower_case_setting(path, vocab):
     Raises: InputError if the file is not a JSON object, or describes a tokenizer other than BERT's usual two.
     Differs: without the file, the reference treats every vocabulary as uncased.
     """
-    if not os.path.lexists(path):
+    if not path.exists():
         # special tokens such as [CLS] have capitals too, but also brackets, so isalpha() excludes them
         return not any(token.isascii() and token.isalpha() and token != lower_case(token) for token in vocab)
     config = read_json(path)

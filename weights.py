@@ -82,6 +82,11 @@ def find_weights(name):
     return folder
 
 
+def named_folder(name):
+    """Return the folder of `auto` or of a known name, checked by find_weights, and any other path as it is."""
+    return find_weights(name) if str(name) in ("auto", *KNOWN_WEIGHTS) else Path(name)
+
+
 def pooling_of(folder):
     """Determine which sentence vector a folder's weights were trained with: ("mean" or "cls", the reason).
 

@@ -14,29 +14,7 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
-def blank():
-    """Runs leave empty pictures. Gives the real functions: {name: function}."""
-    from tiny import PICTURES, leave_pictures_blank
-
-    import report
-
-    real = {name: getattr(report, name) for name in PICTURES}
-    with pytest.MonkeyPatch.context() as patch:
-        leave_pictures_blank(patch)
-        yield real
-
-
-@pytest.fixture
-def draw(blank, monkeypatch):
-    """In this test runs draw their pictures."""
-    import report
-
-    for name, function in blank.items():
-        monkeypatch.setattr(report, name, function)
-
-
-@pytest.fixture(scope="session")
-def program(tmp_path_factory, blank):
+def program(tmp_path_factory):
     """Weights and data for runs that several tests may read; see tiny.Program."""
     from tiny import Program
 

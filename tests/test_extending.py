@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from driver import main
-from tiny import log_of, make_batch, make_model, read_csv, weights_of
+from tiny import log_of, make_batch, make_model, page_of, read_csv, weights_of
 from torch import nn
 
 import adapters
@@ -94,7 +94,7 @@ def write_entailment(folder):
         (folder / f"nli-{split}.csv").write_text("\n".join(lines) + "\n")
 
 
-def test_a_file_outside_adds_a_method_a_task_a_plan_an_adapter_and_a_sampler(program, registered, draw, capsys):
+def test_a_file_outside_adds_a_method_a_task_a_plan_an_adapter_and_a_sampler(program, registered, capsys):
     write_entailment(program.data)
     own = ("--tasks", "sst", "nli", "--rdrop", 2, "--own_plan", "--sampler", "reversed", "--adapter", "scale")
     own += ("--early_exit", "--train_backbone", "--pairs", "nli=siamese", "--keep_last")
@@ -108,8 +108,9 @@ def test_a_file_outside_adds_a_method_a_task_a_plan_an_adapter_and_a_sampler(pro
     summary = json.loads((run / "summary.json").read_text())
     nli = summary["best"]["tasks"]["nli"]
     assert len(nli["predicted_shares"]) == 3 and set(summary["exits"]["thresholds"]) == {"sst", "nli"}
-    for name in ("confusion-nli.png", "exits.png", "layer-scores.png"):
-        assert (run / name).read_bytes().startswith(b"\x89PNG")
+    page = page_of(run / "report.html")
+    assert page["tasks"]["nli"]["labels"] == list(LABELS) and page["exits"] == summary["exits"]
+    assert {sentence["task"] for sentence in page["sentences"]} == {"sst", "nli"} == page["curves"].keys()
     assert {row["label"] for row in read_csv(run / "predictions" / "nli-test-readable.csv")} <= set(LABELS)
     assert not main(["--option", "evaluate", "--run_dir", str(run), "--nli_dev", str(program.data / "nli-dev.csv")])
     capsys.readouterr()

@@ -23,7 +23,6 @@ from tiny import (
     Program,
     become_process,
     call_at,
-    leave_pictures_blank,
     log_of,
     make_model,
     refusal,
@@ -173,7 +172,6 @@ def interrupted_run(program, size, rank):
 def work(program, rank, size):
     """What each process of a job does; what it found out goes into a file of its own."""
     torch.set_num_threads(1)
-    leave_pictures_blank(pytest.MonkeyPatch())
     dist.init_process_group("gloo", f"file://{program.folder}/store-{size}", rank=rank, world_size=size)
     told = {"written": [], "seen": []}
     told["sums"] = sums()
@@ -197,7 +195,7 @@ def work(program, rank, size):
 
 
 @pytest.fixture(scope="module")
-def program(tmp_path_factory, blank):
+def program(tmp_path_factory):
     """Runs of this file's own kind, in place of the shared ones."""
     return Equal(tmp_path_factory.mktemp("parallel"))
 
@@ -396,7 +394,6 @@ def children(process):
 def run_as_launched(argv, rank, size, port, output):
     """In a process of its own: run the program as torchrun starts it."""
     become_process(output)
-    leave_pictures_blank(pytest.MonkeyPatch())
     numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": port}
     os.environ |= {name: str(value) for name, value in numbers.items()}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "test"}

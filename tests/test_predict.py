@@ -17,7 +17,7 @@ SENTIMENTS = ("negative", "somewhat negative", "neutral", "somewhat positive", "
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory, blank):
+def trained(tmp_path_factory):
     """A run, the data it was trained on, and the weights it started from."""
     program = Program(tmp_path_factory.mktemp("trained"))
     program.run = program.train("run", "--lr", 0.01)

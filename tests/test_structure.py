@@ -15,14 +15,18 @@ from flags import check_flags, file_flags, make_parser, parse_flags
 
 ROOT = Path(__file__).parents[1]
 MODULES = {path.stem: path for path in sorted(ROOT.glob("*.py"))}
-LAB = {f"lab.{path.stem}": path for path in sorted((ROOT / "lab").glob("*.py"))}
+FOLDERS = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts): path
+    for folder in ("lab", "teaching")
+    for path in sorted((ROOT / folder).rglob("*.py"))
+}
 # what a reader came for, in reading order; every other file at the top level runs a job
 SUBJECT = (
     *("tokenizer", "bert", "base_bert", "optimizer", "tasks", "datasets", "samplers", "multitask_classifier"),
     *("evaluation", "early_exit", "slf", "smart", "adapters", "gradients", "predict"),
 )
 # Ceilings in lines of code without blank lines, comments and docstrings. Raise one only with a line in LOG.md.
-SUBJECT_LINES, RUNNING_LINES, CLASSIFIER_LINES, FILES = 2720, 1850, 400, 25
+SUBJECT_LINES, RUNNING_LINES, CLASSIFIER_LINES, FILES = 2795, 1948, 400, 26
 COMMENTS_PER_100 = 12
 FUNCTION_LINES, PARAMETERS, FIELDS = 60, 7, 12
 # the fields of BertConfig are the names of the hub's config.json
@@ -38,8 +42,8 @@ MAY_IMPORT = {
     "methods": ("errors",),
     "parallel": ("errors",),
     "files": ("errors", "parallel"),
-    "tokenizer": ("errors", "files"),
     "weights": ("errors", "files"),
+    "tokenizer": ("errors", "files", "weights"),
     "base_bert": ("errors", "files", "weights"),
     "bert": ("errors", "base_bert"),
     "optimizer": ("errors", "methods"),
@@ -54,7 +58,7 @@ MAY_IMPORT = {
     "gradients": ("methods", "parallel"),
     "evaluation": ("errors", "files", "parallel", "tasks", "datasets", "early_exit"),
     "runs": ("base_bert", "errors", "files", "parallel", "tasks", "weights"),
-    "report": ("early_exit", "evaluation", "files", "parallel", "runs", "tasks"),
+    "report": ("bert", "early_exit", "evaluation", "files", "parallel", "runs", "tasks"),
     "flags": (*METHODS, "errors", "methods", "runs", "datasets", "samplers", "tasks"),
     "building": (
         *(*METHODS, *DATA, "base_bert", "errors", "evaluation", "flags", "methods", "parallel", "runs", "weights"),
@@ -63,7 +67,11 @@ MAY_IMPORT = {
         *(*METHODS, *DATA, "base_bert", "bert", "building", "errors", "evaluation", "flags", "methods", "parallel"),
         *("report", "runs"),
     ),
-    "predict": (*DATA, "building", "errors", "evaluation", "files", "flags", "methods", "multitask_classifier"),
+    "classifier": ("errors", "flags", "multitask_classifier"),
+    "predict": (
+        *(*DATA, "building", "errors", "evaluation", "files", "flags", "methods", "multitask_classifier"),
+        "report",
+    ),
 }
 README = ROOT / "README.md"
 
@@ -113,7 +121,7 @@ def test_the_loop_is_read_on_one_screen():
     assert len(inspect.getsource(multitask_classifier.MultitaskBERT).splitlines()) <= MODEL_LINES
 
 
-@pytest.mark.parametrize("path", [*MODULES.values(), *LAB.values()], ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [*MODULES.values(), *FOLDERS.values()], ids=lambda path: path.name)
 def test_functions_and_classes_are_small(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.FunctionDef):
@@ -166,25 +174,25 @@ def test_a_module_imports_only_what_it_may(name):
     assert imports(MODULES[name]) & {*MODULES, "lab", "teaching"} <= set(MAY_IMPORT[name])
 
 
-@pytest.mark.parametrize("name", {**MODULES, **LAB})
+@pytest.mark.parametrize("name", {**MODULES, **FOLDERS})
 def test_a_module_opens_with_a_docstring(name):
-    path = {**MODULES, **LAB}[name]
+    path = {**MODULES, **FOLDERS}[name]
     assert len(ast.get_docstring(ast.parse(path.read_text())) or "") > 20
     first = path.read_text().splitlines()
     assert first[first[0].startswith("#!")].startswith('"""')
 
 
-@pytest.mark.parametrize("name", {**MODULES, **LAB})
+@pytest.mark.parametrize("name", {**MODULES, **FOLDERS})
 def test_a_public_name_has_a_docstring(name):
-    for node in ast.parse({**MODULES, **LAB}[name].read_text()).body:
+    for node in ast.parse({**MODULES, **FOLDERS}[name].read_text()).body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
             assert ast.get_docstring(node), node.name
 
 
-@pytest.mark.parametrize("name", {**MODULES, **LAB})
+@pytest.mark.parametrize("name", {**MODULES, **FOLDERS})
 def test_pickled_code_is_never_loaded(name):
     """torch.load appears only with weights_only=True, and nothing else that unpickles."""
-    for node in ast.walk(ast.parse({**MODULES, **LAB}[name].read_text())):
+    for node in ast.walk(ast.parse({**MODULES, **FOLDERS}[name].read_text())):
         if isinstance(node, ast.Call):
             called, given = ast.unparse(node.func), [ast.unparse(keyword) for keyword in node.keywords]
             assert called != "torch.load" or "weights_only=True" in given
@@ -227,6 +235,8 @@ def check_command(words):
             importlib.import_module(Path(program).stem).make_parser().parse_args(arguments)
     elif program == "-m" and arguments[0].startswith("lab."):
         importlib.import_module(arguments[0]).make_parser().parse_args(arguments[1:])
+    elif program == "-m" and arguments[0] == "teaching":
+        importlib.import_module("teaching.__main__").make_parser().parse_args(arguments[1:])
     else:
         assert program in ("-m", "git", "cd", "cat", "torchrun"), words
 

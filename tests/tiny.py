@@ -8,6 +8,7 @@ import runpy
 import signal
 import sys
 from collections import Counter
+from html.parser import HTMLParser
 from itertools import count
 from pathlib import Path
 
@@ -17,12 +18,10 @@ import torch
 from driver import main
 
 import multitask_classifier
-import report
 from base_bert import BertConfig
 from bert import BertModel
 from datasets import Batch
 from errors import InputError, run_script
-from files import write_whole
 from multitask_classifier import MultitaskBERT
 from tasks import build_tasks
 from tokenizer import BertTokenizer
@@ -31,7 +30,6 @@ SAMPLE = Path(__file__).parents[1] / "data" / "sample"
 # unequal, so that splits and samplers matter, and no multiples of the batch size
 ROWS = {"ids-sst": 16, "ids-cfimdb": 12, "quora": 30, "sts": 20}
 EPOCHS = 2
-PICTURES = ("plot_confusion", "plot_exits", "plot_layer_scores")
 
 
 def make_config(layers=3, hidden=16, dropout=0.0):
@@ -158,6 +156,38 @@ def script_refusal(monkeypatch, capsys, script, *arguments):
     return printed.err
 
 
+class PageParser(HTMLParser):
+    """Collects what a browser would run or load: the scripts by id, and every address."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.scripts, self.addresses, self.current = {}, [], None
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.addresses += [attributes[name] for name in ("src", "href") if name in attributes]
+        self.current = attributes.get("id", tag) if tag == "script" else None
+        if tag == "script":
+            assert self.current not in self.scripts
+            self.scripts[self.current] = ""
+
+    def handle_endtag(self, tag):
+        self.current = None
+
+    def handle_data(self, data):
+        if self.current:
+            self.scripts[self.current] += data
+
+
+def page_of(path):
+    """The content of a page."""
+    parsed = PageParser(path.read_text(encoding="utf-8"))
+    assert parsed.scripts.keys() == {"page", "script"} and parsed.addresses == []
+    return json.loads(parsed.scripts["page"])
+
+
 def log_of(run):
     """The lines of a run's log.jsonl."""
     return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
@@ -171,12 +201,6 @@ def state_of(run):
 def weights_of(run):
     """The weights of a run's last state."""
     return state_of(run)["model"]
-
-
-def leave_pictures_blank(monkeypatch):
-    """Let runs leave empty pictures: to draw them takes longer than to train a tiny model."""
-    for name in PICTURES:
-        monkeypatch.setattr(report, name, lambda path, *_: write_whole(path, b""))
 
 
 def call_at(monkeypatch, owner, name, at, action):
@@ -203,6 +227,5 @@ def run_and_kill(argv, owner, name, at, output):
     """In a process of its own: run the program and kill it, hard, at the `at`-th call of a function."""
     become_process(output)
     with pytest.MonkeyPatch.context() as patch:
-        leave_pictures_blank(patch)
         call_at(patch, sys.modules[owner], name, at, lambda: os.kill(os.getpid(), signal.SIGKILL))
         run_script(lambda: main(argv))

@@ -1,0 +1,260 @@
+"""What the pictures of the experiments show: for each group a function from its recorded rows to panels (pictures.py).
+
+A function leaves out what was not run. Without anything to draw it returns no panels, and there is no picture.
+"""
+
+from statistics import mean, stdev
+
+from lab.compare import recipes_of
+from lab.rows import BERTER_PAPER
+from tasks import build_tasks
+
+# standard deviations of one dev run, from seeds of long runs
+NOISE = {"sst": 0.015, "para": 0.005, "sts": 0.008, "norm": 0.0055}
+AXIS = {"sst": "SST accuracy", "para": "Quora accuracy", "sts": "STS Pearson r", "norm": "norm"}
+
+
+def recipes(rows):
+    """The runs of each recipe: {recipe: [row of each seed]}."""
+    return recipes_of(list(rows.values()))
+
+
+def spread(values):
+    """The mean of the seeds, and their standard deviation where there are several; None for no values."""
+    values = [value for value in values if value is not None]
+    return (mean(values), stdev(values) if len(values) > 1 else None) if values else None
+
+
+def norm_of(runs):
+    """The best norm of a recipe, over its seeds."""
+    return spread([row["best"]["norm"] for row in runs])
+
+
+def with_exits(runs):
+    """The norm of a recipe where rows leave early."""
+    return spread([row["exits"]["cross_fitted_norm"]["exit"] for row in runs if row["exits"]])
+
+
+def drop_empty(panels):
+    """The panels that show something."""
+    return [panel for panel in panels if panel.get("dots") or panel.get("curves")]
+
+
+# --- one function for each group ----------------------------------------------------------------------------------
+
+
+def berter_table2(rows):
+    """Ours beside the paper's, for the paper's recipe; ours alone for the best recipe."""
+    ours, block = recipes(rows), "best recipe: "
+    paper = {
+        name: [norm_of(runs), with_exits(runs), (BERTER_PAPER[name]["norm"], None)]
+        for name, runs in ours.items()
+        if name in BERTER_PAPER
+    }
+    best = {
+        name.removeprefix(block): [norm_of(runs), with_exits(runs), None]
+        for name, runs in ours.items()
+        if name.startswith(block)
+    }
+    series = ["full depth", "with early exit", "BERTer (norm of its three scores)"]
+    papers, our_own = (
+        "BERTer's recipe: [CLS], siamese [u; v], squared error",
+        "best recipe: mean pooling, concat, our losses",
+    )
+    panels = [(papers, paper), (our_own, best)]
+    return drop_empty([{"title": t, "dots": dots, "series": series, "x": "norm", "wide": True} for t, dots in panels])
+
+
+def mean_curves(runs, task, policy):
+    """A curve of thresholds, averaged over seeds at equal positions of the grid: (layers, scores)."""
+    curves = [row["measured"]["exits"]["curves"][task][policy] for row in runs]
+    points = list(zip(*(sorted((p["layers"], p["score"]) for p in curve) for curve in curves), strict=False))
+    return [mean(x for x, _ in point) for point in points], [mean(y for _, y in point) for point in points]
+
+
+def exit_thresholds(rows):
+    """Score against layers for every training of the exits: one task a panel, and all tasks with chosen thresholds."""
+    ours = {name: runs for name, runs in recipes(rows).items() if all(row["measured"] for row in runs)}
+    panels = []
+    for name, task in build_tasks().items():
+        curves = {}
+        for k, (recipe, runs) in enumerate(ours.items()):
+            x, y = mean_curves(runs, name, "lte" if task.is_regression else "confidence")
+            curves[recipe] = {"x": x, "y": y, "style": k, "only": "line"}
+        if "joint" in ours:
+            oracle = ours["joint"][0]["measured"]["exits"]["oracle"][name]
+            curves["oracle of joint"] = {"x": [oracle["layers"]], "y": [oracle["score"]], "style": 6, "only": "points"}
+        certainty = "learning to exit" if task.is_regression else "confidence"
+        panels.append({"title": f"{task.title}, by {certainty}", "x": "mean number of layers", "y": AXIS[name]})
+        panels[-1]["curves"] = curves
+    chosen = {}
+    for k, (recipe, runs) in enumerate(ours.items()):
+        points = list(zip(*(row["measured"]["exits"]["chosen"]["auto"] for row in runs), strict=True))
+        x, y = ([mean(p[key] for p in point) for point in points] for key in ("layers", "norm"))
+        chosen[recipe] = {"x": x, "y": y, "style": k}
+    panels.append(
+        {"title": "all tasks, thresholds chosen on other dev rows", "x": "mean number of layers", "y": "norm"}
+    )
+    panels[-1]["curves"] = chosen
+    return drop_empty(panels)
+
+
+def dots_of(rows, values, series, titles):
+    """Panels of dots: `values` is a list of functions, each for a panel, from a recipe's runs to its points."""
+    ours = recipes(rows)
+    panels = []
+    for function, (title, x) in zip(values, titles, strict=True):
+        dots = {name: points for name, runs in ours.items() if any(points := function(runs))}
+        panels.append({"title": title, "dots": dots, "series": series, "x": x})
+    return drop_empty(panels)
+
+
+def slf_ablation(rows):
+    """The norm at full depth and with exits."""
+    title = "norm at equal compute (bars: standard deviation of the seeds)"
+    return dots_of(
+        rows, [lambda runs: [norm_of(runs), with_exits(runs)]], ["full depth", "with early exit"], [(title, "norm")]
+    )
+
+
+def embedding_order(rows):
+    """The scores of both pair tasks."""
+    functions = [lambda runs, task=task: [spread([row["best"].get(task) for row in runs])] for task in ("para", "sts")]
+    return dots_of(rows, functions, ["_mean"], [("Quora", "accuracy"), ("STS", "Pearson r")])
+
+
+def smart_when(rows):
+    """The score with SMART minus the score without, over the training: a panel for each task."""
+    ours, panels = recipes(rows), []
+    for name in ("para", "sst", "sts", "norm"):
+        curves = {}
+        for recipe, runs in ours.items():
+            base = ours.get("a tenth of the rows: no SMART" if recipe.startswith("a tenth") else "no SMART")
+            if base and "no SMART" not in recipe:
+                # seeds that both have
+                pairs = [(a, b) for a in runs for b in base if a["seed"] == b["seed"]]
+                gains = [[p[name] - q[name] for p, q in zip(a["phases"], b["phases"], strict=True)] for a, b in pairs]
+                steps = [(k + 1) / len(gains[0]) for k in range(len(gains[0]))]
+                label = recipe.replace("SMART on Quora, ", "Quora, ").replace("SMART on ", "")
+                curves[label] = {"x": steps, "y": [mean(points) for points in zip(*gains, strict=True)]}
+        panel = {"title": AXIS[name], "x": "share of the training", "y": "with SMART minus without"}
+        panels.append(panel | {"curves": curves, "band": NOISE[name] * 2**0.5})
+    return drop_empty(panels)
+
+
+def berter_figures(rows):
+    """BERTer's figures 1 to 4."""
+    base = rows.get("lr 1e-4, batch 16, dropout 0.3")
+
+    def curve(word, default, key):
+        # rows are named "batch 8", "lr 3e-5", ...; the base row stands for the default value
+        points = {
+            float(name.split()[1]): row for name, row in rows.items() if name.startswith(f"{word} ") and row != base
+        }
+        points |= {default: base} if base else {}
+        x = sorted(points)
+        return {f"_{word}": {"x": x, "y": [points[value]["last"][key] for value in x], "style": 0}} if x else {}
+
+    epochs = {}
+    if "SST over epochs" in rows:
+        y = [phase["sst"] for phase in rows["SST over epochs"]["phases"]]
+        epochs = {"_SST": {"x": [0.25 * (k + 1) for k in range(len(y))], "y": y}}
+    rate, batch, dropout = curve("lr", 1e-4, "sst"), curve("batch", 16, "norm"), curve("dropout", 0.3, "norm")
+    return drop_empty(
+        [
+            {"title": "figure 1: SST alone, over epochs", "x": "epochs", "y": "SST accuracy", "curves": epochs},
+            {"title": "figure 2", "x": "learning rate", "y": "SST accuracy", "log": 10, "curves": rate},
+            {"title": "figure 3", "x": "examples in a batch", "y": "norm", "log": 2, "curves": batch},
+            {"title": "figure 4", "x": "dropout before the heads", "y": "norm", "curves": dropout},
+        ]
+    )
+
+
+def loss_curve(row, column):
+    """A column of a run's losses, smoothed over five log lines: {x, y}, x in training steps."""
+    pairs = [
+        (x, y) for x, y in zip(row["losses"]["step"], row["losses"].get(column, ()), strict=False) if y is not None
+    ]
+    steps, values = ([pair[side] for pair in pairs] for side in (0, 1))
+    smooth = [mean(values[max(0, k - 4) : k + 1]) for k in range(len(values))]
+    return {"x": steps, "y": smooth, "only": "line"}
+
+
+def smarter(rows):
+    """SMARTer BERT's figures: learning curves with and without SMART, losses by split, gradient cosines."""
+
+    def block(title):
+        return {name.removeprefix(f"{title}: "): row for name, row in rows.items() if name.startswith(f"{title}: ")}
+
+    curves, splits, surgery = block("learning curves"), block("splits"), block("surgery")
+    dev = {
+        name: {"x": list(range(1, len(row["phases"]) + 1)), "y": [phase["norm"] for phase in row["phases"]], "style": k}
+        for k, (name, row) in enumerate(curves.items())
+    }
+    train = {name: loss_curve(row, "sst loss") | {"style": k} for k, (name, row) in enumerate(curves.items())}
+    by_split = {
+        f"{name} split": loss_curve(row, "sst loss") | {"style": k + 2} for k, (name, row) in enumerate(splits.items())
+    }
+    pairs = {"sst-para": "SST and Quora", "sst-sts": "SST and STS", "para-sts": "Quora and STS"}
+    cosines = {
+        f"cosine, {title}": loss_curve(surgery["PCGrad"], f"cosine {pair}") | {"style": k + 5}
+        for k, (pair, title) in enumerate(pairs.items())
+        if "PCGrad" in surgery and f"cosine {pair}" in surgery["PCGrad"]["losses"]
+    }
+    return drop_empty(
+        [
+            {"title": "training loss of SST, a tenth of the rows", "x": "steps", "y": "cross entropy", "curves": train},
+            {"title": "dev score of the same runs", "x": "passes over these rows", "y": "norm", "curves": dev},
+            {"title": "training loss of SST by data split", "x": "steps", "y": "cross entropy", "curves": by_split},
+            {"title": "cosine between the tasks' gradients (PCGrad)", "x": "steps", "y": "cosine", "curves": cosines},
+        ]
+    )
+
+
+def adaptations(rows):
+    """The norm over the training, and at its end with the number of trained parameters."""
+    curves, dots = {}, {}
+    for k, (name, row) in enumerate(rows.items()):
+        y = [phase["norm"] for phase in row["phases"]]
+        if len(row["metrics"]["last"]) == 3:  # a run of one task has another norm
+            curves[name] = {"x": [(i + 1) / len(y) for i in range(len(y))], "y": y, "style": k - 1}
+            trained = row["measured"]["trained"] / 1e6 if row["measured"] else None
+            dots[f"{name} ({trained:.2f} M)" if trained else name] = [(row["last"]["norm"], None)]
+    dots = dict(sorted(dots.items(), key=lambda item: -item[1][0][0]))
+    return drop_empty(
+        [
+            {"title": "dev score over the training", "x": "share of the training", "y": "norm", "curves": curves},
+            {"title": "last score (millions of trained parameters)", "x": "norm", "dots": dots, "series": ["_norm"]},
+        ]
+    )
+
+
+def score(rows):
+    """The norm of each run, and of the ensemble."""
+    dots = {name: [(row["best"]["norm"], None)] for name, row in rows.items()}
+    return drop_empty([{"title": "dev score of the best recipe", "x": "norm", "dots": dots, "series": ["_norm"]}])
+
+
+# {group: function from its rows to panels}, and the titles of the pictures
+PANELS = {
+    "berter-table2": berter_table2,
+    "exit-thresholds": exit_thresholds,
+    "slf-ablation": slf_ablation,
+    "embedding-order": embedding_order,
+    "smart-when": smart_when,
+    "berter-figures": berter_figures,
+    "smarter": smarter,
+    "adaptations": adaptations,
+    "score": score,
+}
+TITLES = {
+    "berter-table2": "The twelve rows of BERTer's Table 2: dev score",
+    "exit-thresholds": "Early exit: dev score against layers, for five ways to train the exits",
+    "slf-ablation": "Training layer by layer, at equal compute",
+    "embedding-order": "Pair encodings: mean or [CLS] pooling (bars: standard deviation of the seeds)",
+    "smart-when": "What SMART adds to the dev score, over the training (grey: noise of one seed)",
+    "berter-figures": "BERTer's figures 1 to 4 (2 to 4: a quarter of an epoch)",
+    "smarter": "SMARTer BERT: SMART as a regulariser, data splits, gradient conflicts",
+    "adaptations": "Layer-level adaptations: dev score and trained parameters",
+    "score": "The best recipe: three seeds and their ensemble",
+}

@@ -1,0 +1,129 @@
+"""Two kinds of pictures for the tables of results/: curves, and dots with error bars. Both are readable in grey.
+
+A panel is a dict of plain data; a figure is panels side by side, with one legend below. Curves differ in colour, line
+style and marker at once. No label is written beside a point, so that no two labels overlap.
+"""
+
+import csv
+import math
+
+from matplotlib.figure import Figure
+
+from files import write_whole
+
+# colours of different lightness (Okabe and Ito), line styles and markers
+STYLES = (
+    ("#000000", "-", "o"),
+    ("#0072b2", "--", "s"),
+    ("#e69f00", "-.", "^"),
+    ("#009e73", ":", "D"),
+    ("#cc79a7", (0, (5, 1)), "v"),
+    ("#56b4e9", (0, (3, 1, 1, 1)), "P"),
+    ("#7f7f7f", (0, (1, 1)), "X"),
+    ("#d55e00", (0, (7, 2)), "<"),
+)
+INCHES, DPI = 9.2, 110
+BAND = "#dddddd"
+
+
+def clean(axes, panel):
+    """Titles with units, a faint grid, and no frame above and to the right."""
+    axes.set_title(panel["title"], fontsize=10)
+    axes.set_xlabel(panel["x"], fontsize=9)
+    axes.set_ylabel(panel.get("y", ""), fontsize=9)
+    axes.tick_params(labelsize=8)
+    axes.grid(alpha=0.3)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def draw_curves(axes, panel):
+    """Draw the curves of a panel: {label: {x, y, errors, style, only}}.
+
+    `only` is "line", "points" or nothing for both; `band` of the panel is the half height of a grey band around 0.
+    """
+    if panel.get("band"):
+        axes.axhspan(-panel["band"], panel["band"], color=BAND, zorder=0)
+    for k, (label, curve) in enumerate(panel["curves"].items()):
+        color, line, marker = STYLES[curve.get("style", k) % len(STYLES)]
+        options = {"color": color, "linestyle": line, "marker": marker, "markersize": 4, "linewidth": 1.4}
+        if curve.get("only") == "points":
+            options |= {"linestyle": "", "markersize": 9, "markerfacecolor": "none", "markeredgewidth": 1.6}
+        if curve.get("only") == "line":
+            options["marker"] = ""
+        axes.errorbar(curve["x"], curve["y"], curve.get("errors"), label=label, capsize=2, **options)
+    if panel.get("log"):
+        axes.set_xscale("log", base=panel["log"])
+        ticks = sorted({x for curve in panel["curves"].values() for x in curve["x"]})
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.minorticks_off()
+    clean(axes, panel)
+
+
+def draw_dots(axes, panel):
+    """Draw a line for each label: {label: [(value, error or None), ...]}, one value for each series of the panel."""
+    labels = list(panel["dots"])
+    for s, series in enumerate(panel["series"]):
+        points = [(k, *panel["dots"][label][s]) for k, label in enumerate(labels) if panel["dots"][label][s]]
+        color, _, marker = STYLES[s]
+        if points:
+            rows, values, errors = zip(*points, strict=True)
+            bars = [error or math.nan for error in errors]
+            options = {"color": color, "linestyle": "", "marker": marker, "markersize": 6, "capsize": 3}
+            if s:  # a hollow marker does not hide the one below
+                options["markerfacecolor"] = "none"
+            axes.errorbar(values, rows, xerr=bars, label=series, **options)
+    axes.set_yticks(range(len(labels)), labels)
+    axes.set_ylim(len(labels) - 0.5, -0.5)  # the first label on top
+    clean(axes, panel)
+
+
+def draw(path, panels, title):
+    """Draw panels into one PNG, two side by side; panels that are `wide` one below the other.
+
+    A label that starts with an underscore is not in the legend.
+    """
+    columns = 1 if any(panel.get("wide") for panel in panels) else 2
+    columns = min(columns, len(panels))
+    lines = [panels[k : k + columns] for k in range(0, len(panels), columns)]
+    # a line of dots needs .27 inches; curves need 2.9
+    heights = [max(0.9 + 0.27 * len(one["dots"]) if "dots" in one else 2.9 for one in line) for line in lines]
+    figure = Figure(figsize=(INCHES, sum(heights) + 0.7), layout="constrained", dpi=DPI)
+    grid = figure.subplots(len(lines), columns, squeeze=False, gridspec_kw={"height_ratios": heights}).flat
+    handles = {}
+    for axes, panel in zip(grid, panels, strict=False):
+        (draw_dots if "dots" in panel else draw_curves)(axes, panel)
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    for axes in list(grid)[len(panels) :]:
+        axes.set_visible(False)
+    figure.suptitle(title, fontsize=11)
+    if handles:
+        columns = max(1, min(4, 110 // max(map(len, handles))))
+        figure.legend(handles.values(), handles, loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
+    write_whole(path, lambda out: figure.savefig(out, format="png"))
+
+
+def draw_sweep(path, results):
+    """Draw the sweep of results/exits.md from its CSV: sweep.png for each task and all, sweep-norm.png for all."""
+    with open(path, newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    panels = []
+    for name in dict.fromkeys(row["task"] for row in rows):
+        mine = [row for row in rows if row["task"] == name]
+        for x, read in (
+            ("mean number of layers", lambda row: float(row["mean_layers"])),
+            ("milliseconds per example", lambda row: 1000 / float(row["examples_per_second"])),
+        ):
+            curves = {}
+            for label, chosen, only in (
+                ("one threshold for all rows, .5 to .999", lambda s: s not in ("full depth", "auto"), None),
+                ("full depth", lambda s: s == "full depth", "points"),
+                ("chosen thresholds", lambda s: s == "auto", "points"),
+            ):
+                points = sorted((read(row), float(row["score"])) for row in mine if chosen(row["setting"]))
+                curves[label] = {"x": [p[0] for p in points], "y": [p[1] for p in points], "only": only}
+            task = "all tasks" if name == "all" else name
+            panels.append({"title": task, "x": x, "y": mine[0]["metric"], "curves": curves})
+    draw(results / "sweep.png", panels, "Early exit: dev score against layers and time")
+    draw(results / "sweep-norm.png", panels[-2:], "Early exit: dev score against layers and time")

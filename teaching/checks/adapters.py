@@ -1,0 +1,63 @@
+"""Checks of part adapters: the forward pass of each kind."""
+
+import torch
+
+from adapters import LHUC, Bottleneck, Context, LoRA, ProjectedAttention, SharedProjections
+
+
+def draw_states(draw):
+    """Return the layer's input h and an output of the layer, [b,s,d] each, and d."""
+    d = draw.number(2, 3 + 2 * draw.size)
+    b, s = draw.number(1, 1 + draw.size), draw.number(1, 2 + draw.size)
+    h, output = draw.normal(b, s, d), draw.normal(b, s, d)
+    draw.show(h=h, output=output)
+    return h, output, d
+
+
+def show_parameters(draw, module):
+    """Print the parameters of a module in the report."""
+    draw.show(**{name: parameter.detach() for name, parameter in module.named_parameters()})
+    return module
+
+
+def bottleneck(draw):
+    """Run a bottleneck."""
+    h, output, d = draw_states(draw)
+    module = show_parameters(draw, draw.randomise(Bottleneck(d, draw.number(1, 3), draw.generator())))
+    return {"forward": module(output, Context(h, None, None)), "forward without context": module(output)}
+
+
+def lhuc(draw):
+    """Run LHUC."""
+    h, output, d = draw_states(draw)
+    module = show_parameters(draw, draw.randomise(LHUC(d)))
+    return {"forward": module(output, Context(h, None, None)), "forward without context": module(output)}
+
+
+def lora(draw):
+    """Run LoRA with two ranks."""
+    h, output, d = draw_states(draw)
+    results = {}
+    for rank in (1, 2 + draw.size):
+        module = show_parameters(draw, draw.randomise(LoRA(d, rank, 0.1, draw.generator())))
+        results[f"forward with rank {rank}"] = module(output, Context(h, None, None))
+    return results
+
+
+def pal(draw):
+    """Run a projected attention layer, and its attention, with padding."""
+    heads, k = draw.number(1, 1 + draw.size), draw.number(1, 3)
+    m, d = heads * k, heads * k + 1
+    b, s = draw.number(1, 1 + draw.size), draw.number(2, 3 + draw.size)
+    h, output, mask = draw.normal(b, s, d), draw.normal(b, s, d), draw.mask(b, s)
+    extended = (1.0 - mask[:, None, None, :].double()) * -1e4
+    module = draw.randomise(ProjectedAttention(m, heads, 0.1, draw.generator()))
+    shared = draw.randomise(SharedProjections(d, m, 0.1, draw.generator()))
+    draw.show(h=h, output=output, mask=mask, heads=heads)
+    narrow = draw.normal(b, s, m)
+    cells = torch.arange(b * s * m, dtype=torch.float64).view(b, s, m)
+    return {
+        "split_heads": module.split_heads(cells),
+        "attend": module.attend(narrow, extended),
+        "forward": module(output, Context(h, extended, shared)),
+    }

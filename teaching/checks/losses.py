@@ -1,0 +1,82 @@
+"""Checks of part losses: packing, losses, divergences, decoding."""
+
+import torch
+
+import tasks
+from tokenizer import pack
+
+
+def packing(draw):
+    """Pack single texts and pairs, with and without a limit."""
+    results = []
+    for _ in range(2 + 5 * draw.size):
+        first, second = ([draw.number(10, 99) for _ in range(draw.number(1, 3 + 2 * draw.size))] for _ in range(2))
+        for other in (None, second):
+            for limit in (None, 5 + draw.size):
+                results.append((first, other, limit, pack(list(first), other and list(other), 1, 2, limit)))
+    draw.show(first=str(results[0][0]), second=str(results[2][1]), limit=5 + draw.size, cls_id=1, sep_id=2)
+    return {"ids, segment ids": "\n".join(f"{list(ids)} {list(types)}" for *_, (ids, types) in results)}
+
+
+def with_gradient(function, logits, *others):
+    """Return the values of a loss and the gradient of their sum."""
+    logits = logits.clone().requires_grad_()
+    values = function(logits, *others)
+    (gradient,) = torch.autograd.grad(values.sum(), logits)
+    return values, gradient
+
+
+def losses(draw):
+    """Compute each loss of a few examples."""
+    b, classes = 1 + 2 * draw.size, draw.number(2, 3 + draw.size)
+    logits, one = 2 * draw.normal(b, classes), draw.normal(b, 1)
+    labels, binary = draw.numbers(0, classes - 1, b).double(), draw.numbers(0, 1, b).double()
+    cosines, values = draw.uniform(-1, 1, b + 2, 1), draw.uniform(0, 5, b)
+    sides = torch.cat([binary, torch.tensor([0.0, 1.0], dtype=torch.float64)])
+    draw.show(logits=logits, labels=labels, one_logit=one, binary=binary, values=values, cosines=cosines, sides=sides)
+    cases = {
+        "cross_entropy(logits, labels)": (tasks.cross_entropy, logits, labels),
+        "binary_cross_entropy(one_logit, binary)": (tasks.binary_cross_entropy, one, binary),
+        "binary_cross_entropy of large logits": (tasks.binary_cross_entropy, 100 * one, binary),
+        "squared_error(one_logit, values)": (tasks.squared_error, one, values),
+        "cosine_embedding(cosines, sides)": (tasks.cosine_embedding, cosines, sides),
+    }
+    results = {}
+    for name, case in cases.items():
+        results[name], results[f"gradient of {name}"] = with_gradient(*case)
+    half = tasks.cross_entropy(logits.bfloat16(), labels.float())
+    return results | {"dtype of cross_entropy for bfloat16 logits": str(half.dtype)}
+
+
+def divergences(draw):
+    """Compute both divergences of a few pairs of outputs."""
+    b, classes = 1 + 2 * draw.size, draw.number(2, 3 + draw.size)
+    p, q, one, other = draw.normal(b, classes), draw.normal(b, classes), draw.normal(b, 1), draw.normal(b, 1)
+    draw.show(p_logits=p, q_logits=q, p_logit=one, q_logit=other)
+    results = {}
+    for name, case in {
+        "softmax_divergence": (tasks.softmax_divergence, p, q),
+        "bernoulli_divergence": (tasks.bernoulli_divergence, one, other),
+        "softmax_divergence of large logits": (tasks.softmax_divergence, 100 * p, 100 * q),
+    }.items():
+        results[name], results[f"gradient of {name}"] = with_gradient(*case)
+    return results
+
+
+def decoding(draw):
+    """Decode classes, and scores at, below and above a threshold."""
+    b, threshold = 2 + 2 * draw.size, 0.5 if draw.size == 0 else draw.uniform(0.1, 0.9)
+    logits = draw.normal(b, draw.number(2, 3 + draw.size))
+    scores = torch.cat([draw.uniform(0, 1, b), torch.tensor([0.0, threshold, 1.0], dtype=torch.float64)])
+    draw.show(logits=logits, scores=scores, threshold=threshold)
+    classes, probabilities = tasks.decode_softmax(logits)
+    decisions, sides = tasks.decide(scores, threshold)
+    moved, moved_sides = tasks.decide(scores, 0.3)
+    return {
+        "predictions of decode_softmax": classes,
+        "probabilities of decode_softmax": probabilities,
+        "predictions of decide": decisions,
+        "probabilities of decide": sides,
+        "predictions of decide with threshold .3": moved,
+        "probabilities of decide with threshold .3": moved_sides,
+    }

@@ -1,0 +1,95 @@
+"""Checks of part optimizer: update rules, schedules, clipping."""
+
+import torch
+
+from optimizer import OPTIMIZERS, AdamW, RMSprop, clip_gradients, cosine, linear
+
+from .common import call
+
+
+def run(optimizer, parameters, gradients):
+    """Take a step for each list of gradients; return all values of the parameters."""
+    values = []
+    for step in gradients:
+        for parameter, gradient in zip(parameters, step, strict=True):
+            parameter.grad = None if gradient is None else gradient.clone()
+        optimizer.step()
+        values += [parameter.detach().flatten().clone() for parameter in parameters]
+    return torch.cat(values)
+
+
+def draw_run(draw, steps):
+    """Return parameters, and gradients for some steps."""
+    shapes = [(2,)] if draw.size == 0 else [(3, 2), (4,)]
+    parameters = [torch.nn.Parameter(draw.normal(*shape)) for shape in shapes]
+    gradients = [[draw.normal(*shape) for shape in shapes] for _ in range(steps)]
+    draw.show(p=parameters[0].detach(), g=gradients[0][0])
+    return parameters, gradients
+
+
+def adamw(draw):
+    """Take steps of AdamW: with and without the correction of the bias, and with weight decay."""
+    results = {}
+    for correct, decay in ((True, 0.0), (False, 0.0), (True, 0.1)):
+        parameters, gradients = draw_run(draw, 1 + draw.size)
+        settings = dict(lr=draw.uniform(0.01, 0.2), betas=(draw.uniform(0.5, 0.9), draw.uniform(0.9, 0.99)), eps=0.01)
+        optimizer = AdamW(parameters, weight_decay=decay, correct_bias=correct, **settings)
+        draw.show(settings=f"{settings} weight_decay={decay} correct_bias={correct}")
+        results[f"p with correct_bias={correct} weight_decay={decay}"] = run(optimizer, parameters, gradients)
+    return results
+
+
+def rmsprop(draw):
+    """Take steps of RMSprop."""
+    results = {}
+    for decay in (0.0, 0.1):
+        parameters, gradients = draw_run(draw, 1 + draw.size)
+        settings = dict(lr=draw.uniform(0.01, 0.2), gamma=draw.uniform(0.5, 0.9), eps=0.01, weight_decay=decay)
+        draw.show(settings=str(settings))
+        results[f"p with weight_decay={decay}"] = run(RMSprop(parameters, **settings), parameters, gradients)
+    return results
+
+
+def training(draw):
+    """Take steps with each rule; one group decays, and one parameter has no gradient in the first step."""
+    results = {}
+    for name, rule in OPTIMIZERS.items():
+        matrix, bias = (torch.nn.Parameter(draw.normal(*shape)) for shape in ((2, 2), (2,)))
+        groups = [{"params": [matrix], "weight_decay": 0.2}, {"params": [bias], "weight_decay": 0.0}]
+        optimizer = rule(groups, lr=draw.uniform(0.05, 0.2))
+        gradients = [[draw.normal(2, 2), draw.normal(2)] for _ in range(2 + draw.size)]
+        gradients[0][1] = None
+        results[f"p with {name}"] = run(optimizer, [matrix, bias], gradients)
+        state = [optimizer.state[matrix][key] for key in rule.state_names]
+        results |= {f"{key} of {name}": value for key, value in zip(rule.state_names, state, strict=True)}
+    return results
+
+
+def schedules(draw):
+    """Evaluate both schedules before, at and after the end of the warm-up."""
+    results = {}
+    for schedule in (linear, cosine):
+        warmup = 0.25 if draw.size == 0 else draw.uniform(0.05, 0.6)
+        progress = [0.0, warmup / 2, warmup, (1 + warmup) / 2, 1.0] + [
+            draw.uniform(0, 1) for _ in range(10 * draw.size)
+        ]
+        draw.show(progress=progress[:5], warmup=warmup)
+        results[f"{schedule.__name__} with warmup"] = [schedule(x, warmup) for x in progress]
+        results[f"{schedule.__name__} without"] = [schedule(x) for x in progress]
+    return results
+
+
+def clipping(draw):
+    """Clip gradients that are too large, small enough, zero and absent; refuse a maximum of 0."""
+    results = {}
+    for name, scale in (("large", 3.0), ("small", 0.01), ("zero", 0.0)):
+        parameters = [torch.nn.Parameter(draw.normal(2)) for _ in range(2 + draw.size)]
+        for parameter in parameters[1:]:
+            parameter.grad = scale * draw.normal(2)
+        draw.show(gradients=torch.cat([parameter.grad for parameter in parameters[1:]]), max_norm=1.0)
+        results[f"norm of {name} gradients"] = clip_gradients(parameters, 1.0)
+        results[f"{name} gradients"] = torch.cat([parameter.grad for parameter in parameters[1:]])
+    refused = call(clip_gradients, [], 0.0)
+    results["max_norm 0"] = refused if isinstance(refused, str) else "no InputError"
+    results["norm without gradients"] = clip_gradients([torch.nn.Parameter(draw.normal(2))], 1.0)
+    return results
