@@ -30,7 +30,7 @@ import safetensors.torch
 import torch
 from driver import main
 from safetensors.torch import load_file
-from tiny import Program, become_process, call_at, leave_pictures_blank, log_of, state_of
+from tiny import Program, become_process, call_at, log_of, state_of
 
 import multitask_classifier
 import predict
@@ -57,7 +57,7 @@ class World(Program):
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory, blank):
+def source(tmp_path_factory):
     """The folder of an unspoilt world."""
     program = Program(tmp_path_factory.mktemp("inputs") / "world")
     program.train("finished", "--early_exit")
@@ -786,7 +786,6 @@ def run_apart(argv, output, prepare=None):
     become_process(output)
     if prepare:
         prepare()
-    leave_pictures_blank(pytest.MonkeyPatch())
     run_script(lambda: main(argv), lenient=True)
 
 
