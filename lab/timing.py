@@ -1,156 +1,108 @@
-"""The benchmark's clocks, its arithmetic of ratios and goals, and its report; nothing here depends on BERT.
+"""The benchmark's clock, its counters, its goals and its report; nothing here depends on BERT.
 
 A variant is a function that does some work once and returns {phase: cost}. The variants of a comparison take turns
-(A B, B A, A B, ...), so that a slow minute of the machine hits all of them. Ours comes first: it is the baseline.
+(A B, A B, ...), so that a slow minute of the machine hits all of them. The first one is ours. Each round gives one
+ratio of a variant's cost to ours, and the median of the rounds decides. A variant without rounds was not measured.
 
-    Row            one variant's costs, round by round, beside the baseline's costs of the same rounds
-    Goal           a number that was aimed at, with the measured values; their median decides
-    Measurements   what one part of the benchmark returns: rows, goals and sentences about them
+    Row            one variant's costs, round by round, with the ratios
+    Goal           a number that was aimed at, the measured values, and what bounds them
+    Measurements   what one part of the benchmark returns: rows, goals, and text below the table
 """
 
 import json
+import platform
 import statistics
 import time
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
-from functools import wraps
-from multiprocessing import get_context
-from unittest.mock import patch
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
 from files import write_whole
-from runs import memory_mib
+from lab.tables import markdown
 
 MIB = 2**20
 
-
-# --- clocks -------------------------------------------------------------------------------------------------------
-
-
-def synchronize(device):
-    """Wait until the device has finished its queue."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
+# --- clocks and counters ------------------------------------------------------------------------------------------
 
 
-class Stopwatch:
-    """Seconds between marks. On CUDA the marks are events, so that measuring does not make the host wait."""
-
-    def __init__(self, device):
-        self.device, self.marks = device, []
-        synchronize(device)
-        self.mark("")
-
-    def mark(self, phase):
-        """End a phase now."""
-        if self.device.type == "cuda":
-            now = torch.cuda.Event(enable_timing=True)
-            now.record()
-        else:
-            synchronize(self.device)
-            now = time.perf_counter()
-        self.marks.append((phase, now))
-
-    def phases(self, repeats=1):
-        """{phase: seconds}, divided by the number of repeats."""
-        synchronize(self.device)
-        seconds = {}
-        for (_, before), (phase, now) in zip(self.marks, self.marks[1:], strict=False):
-            passed = before.elapsed_time(now) / 1e3 if self.device.type == "cuda" else now - before
-            seconds[phase] = seconds.get(phase, 0.0) + passed / repeats
-        return seconds
-
-
-def timed(device, phases, repeats=1, prepare=None):
-    """Make a variant that calls {phase: function} in turn, each with the result of the function before it.
-
-    `prepare()`, if there is one, runs first and is not timed.
-    """
+def timed(device, call, repeats=1):
+    """Make a variant that calls a function `repeats` times, and returns the seconds of one call."""
 
     def variant():
-        if prepare:
-            prepare()
-        watch = Stopwatch(device)
+        wait(device)
+        started = time.perf_counter()
         for _ in range(repeats):
-            result = None
-            for name, call in phases.items():
-                result = call(result)
-                watch.mark(name)
-        return watch.phases(repeats)
+            call()
+        wait(device)
+        return {"": (time.perf_counter() - started) / repeats}
 
     return variant
 
 
-def alternate(variants, rounds, label):
-    """Call every variant once per round, forwards and backwards in turn. Returns {variant: its results}."""
-    results, names = {name: [] for name in variants}, list(variants)
-    for k in tqdm(range(rounds), label, disable=None, leave=False):
-        for name in names if k % 2 == 0 else names[::-1]:
-            results[name].append(variants[name]())
+def wait(device):
+    """Wait until a GPU has finished its queue."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def take_turns(variants, rounds, label):
+    """Call every variant once per round, in their order. Returns {variant: list of its costs}."""
+    results = {name: [] for name in variants}
+    for _ in tqdm(range(rounds), label, disable=None, leave=False):
+        for name, variant in variants.items():
+            results[name].append(variant())
     return results
 
 
-@contextmanager
-def profiled(device, functions):
-    """Time the functions {phase: (owner, name)} while this context is open. Yields {phase: seconds}.
-
-    A function that runs inside another one of them counts to the outer one's phase.
-    """
-    seconds, running = dict.fromkeys(functions, 0.0), []
-
-    def wrap(phase, original):
-        @wraps(original)
-        def measured(*args, **kw):
-            if running:
-                return original(*args, **kw)
-            running.append(phase)
-            watch = Stopwatch(device)
-            try:
-                return original(*args, **kw)
-            finally:
-                watch.mark(phase)
-                seconds[phase] += watch.phases()[phase]
-                running.clear()
-
-        return measured
-
-    with ExitStack() as stack:
-        for phase, (owner, name) in functions.items():
-            stack.enter_context(patch.object(owner, name, wrap(phase, getattr(owner, name))))
-        yield seconds
-
-
-def measure_matrix_peak(device, dtype, sizes, repeats=5):
+def matrix_peak(device, dtype, sizes=(4096, 8192), repeats=10):
     """Best rate of a square matrix product. Units: floating-point operations per second."""
     best = 0.0
     for n in sizes:
         a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-        product = timed(device, {"product": lambda _, a=a, b=b: a @ b})
+        product = timed(device, lambda a=a, b=b: a @ b)
         product()
-        best = max(best, *(2 * n**3 / product()["product"] for _ in range(repeats)))
+        best = max(best, *(2 * n**3 / product()[""] for _ in range(repeats)))
     return best
 
 
-# --- memory -------------------------------------------------------------------------------------------------------
+def profile(device, call, parts=1):
+    """Profile a call with torch.profiler. Returns {operation: (milliseconds of its own, calls)}, divided by `parts`.
+
+    On CUDA the milliseconds are the GPU's, and operations that start no kernel have 0.
+    """
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    activities += [torch.profiler.ProfilerActivity.CUDA] * (device.type == "cuda")
+    with torch.profiler.profile(activities=activities) as profiler:
+        call()
+        wait(device)
+    clock = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    # the host's entries only: a kernel's own entry would count its time twice
+    entries = [e for e in profiler.key_averages() if e.device_type == torch.autograd.DeviceType.CPU]
+    return {e.key: (getattr(e, clock) / 1e3 / parts, e.count / parts) for e in entries}
 
 
-def measure_memory(device, threads, call):
-    """Run a function. Returns {"start": MiB before it, "added": MiB of the peak above start, "seconds": duration}."""
-    torch.set_num_threads(threads)
-    before, started = memory_mib(device, peak=False), time.perf_counter()
-    call()
-    return {"start": before, "added": memory_mib(device) - before, "seconds": time.perf_counter() - started}
+class OperationCounter(TorchDispatchMode):
+    """Counts the operations that compute or copy while it is active. Views do neither, nor does _unsafe_view."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if not function.is_view and function is not torch.ops.aten._unsafe_view.default:
+            self.counts[str(function)] += 1
+        return function(*args, **(kwargs or {}))
 
 
-def in_fresh_process(device, call):
-    """Run measure_memory in a process of its own, with as many threads as this one."""
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        return pool.submit(measure_memory, device, torch.get_num_threads(), call).result()
+def count_operations(call):
+    """The operations of one call: {operation: number}."""
+    with OperationCounter() as counter:
+        call()
+    return counter.counts
 
 
 # --- ratios and goals ---------------------------------------------------------------------------------------------
@@ -158,115 +110,91 @@ def in_fresh_process(device, call):
 
 @dataclass
 class Row:
-    """The costs of one variant beside the baseline's.
+    """The costs of one variant, {phase: cost} per round, and their ratios to our costs of the same rounds.
 
-    `rounds` holds {phase: cost} per round. `amount`, if not 0, is the number of things done for that cost (examples,
-    sentences), and the table shows a rate. `flop` is {label: (operations, phases in which they run)}; `peak` is the
-    machine's rate of operations.
-    Units: costs are seconds or MiB; `unit` is the table's (ms, s, MiB, or things per second).
+    Units: costs are in `unit`, times in seconds; ms is for the table only.
     """
 
     setting: str
     variant: str
     unit: str
     rounds: list
-    baseline: list
-    amount: float = 0.0
-    flop: dict = field(default_factory=dict)
-    peak: float = 0.0
+    ratios: list
     note: str = ""
 
-    def values(self):
-        """One number per round, in the table's unit."""
-        scale = {"ms": 1e3}.get(self.unit, 1.0)
-        totals = [sum(phases.values()) for phases in self.rounds]
-        return [self.amount / total if self.amount else scale * total for total in totals]
-
-    def ratios(self, *phases):
-        """Cost over the baseline's cost of the same round, of some phases or of all: above 1 the baseline is ahead."""
-        pairs = zip(self.rounds, self.baseline, strict=True)
-        return [sum(mine[p] for p in phases or mine) / sum(base[p] for p in phases or base) for mine, base in pairs]
-
-    def gains(self):
-        """How many times as fast as the baseline the variant is, per round."""
-        return [1 / ratio for ratio in self.ratios()]
-
-    def shares(self):
-        """{label: share of the matrix peak that the variant reaches, per round}."""
-        return {
-            label: [operations / sum(phases[name] for name in names) / self.peak for phases in self.rounds]
-            for label, (operations, names) in self.flop.items()
-        }
-
-    def phases(self):
-        """{phase: median cost}."""
-        return {name: statistics.median(phases[name] for phases in self.rounds) for name in self.rounds[0]}
-
-    def record(self):
-        """The row as plain data: all that the report's table needs."""
-        kept = {key: value for key, value in asdict(self).items() if key not in ("baseline", "flop", "peak")}
-        return kept | {"values": self.values(), "ratios": self.ratios(), "peak_shares": self.shares()}
+    def totals(self):
+        """The cost of each round."""
+        return [sum(phases.values()) for phases in self.rounds]
 
 
-def compare(setting, unit, measured, **details):
-    """Make a Row of every variant in {variant: rounds}; the first variant is the baseline of all of them."""
-    baseline = next(iter(measured.values()))
-    return [Row(setting, variant, unit, rounds, baseline, **details) for variant, rounds in measured.items()]
+def compare(setting, unit, measured):
+    """Make a Row of every variant in {variant: rounds}; the first variant is ours."""
+    first = next(iter(measured.values()))
+    rows = []
+    for variant, rounds in measured.items():
+        ratios = [sum(mine.values()) / sum(base.values()) for mine, base in zip(rounds, first, strict=True)]
+        rows.append(Row(setting, variant, unit, rounds, ratios))
+    return rows
 
 
-def measure(setting, unit, variants, rounds, **details):
-    """Let variants take turns and make their Rows. With several rounds, each variant runs once before, to warm up."""
-    for variant in variants.values() if rounds > 1 else ():
+def measure(setting, unit, variants, rounds):
+    """Let variants take turns and make their Rows. Each variant runs once before, to warm up."""
+    for variant in variants.values():
         variant()
-    return compare(setting, unit, alternate(variants, rounds, setting), **details)
+    return compare(setting, unit, take_turns(variants, rounds, setting))
 
 
 @dataclass(frozen=True)
 class Goal:
-    """A number that was aimed at and the measured values, one per round; the median decides."""
+    """A number that was aimed at, and the measured values, one per round (none: not measured); the median decides.
+
+    `bound` is what stands in the way: a sentence, or a key of the profile's `bounds`.
+    """
 
     text: str
-    limit: float
+    wanted: float
     values: list
     at_least: bool = True
+    bound: str = ""
 
-    def line(self):
-        """The goal, the measurement, and whether the goal is reached."""
-        median, bound = statistics.median(self.values), "at least" if self.at_least else "at most"
-        reached = median >= self.limit if self.at_least else median <= self.limit
-        outcome = f"{'reached' if reached else 'missed'} by {abs(median / self.limit - 1):.0%}"
-        return f"{self.text}: goal {bound} {self.limit:,g}, measured {with_spread(self.values)}: {outcome}"
-
-
-def goals_against(rows, limits):
-    """Make goals from {variant: limit}: in every setting the variant costs at least `limit` times as much as ours."""
-    return [
-        Goal(f"{row.setting}: cost of {row.variant} / cost of ours", limits[row.variant], row.ratios())
-        for row in rows
-        if row.variant in limits
-    ]
+    def outcome(self):
+        """Whether the goal is reached."""
+        if not self.values:
+            return "not measured"
+        distance = statistics.median(self.values) - self.wanted
+        return "yes" if (distance if self.at_least else -distance) >= 0 else "no"
 
 
 @dataclass
 class Measurements:
-    """What one part of the benchmark returns: rows of its table, goals, and sentences about both."""
+    """What one part of the benchmark returns. `bounds` is {key: sentence} for goals, from the part profile."""
 
-    rows: list
+    rows: list = field(default_factory=list)
     goals: list = field(default_factory=list)
     notes: list = field(default_factory=list)
+    bounds: dict = field(default_factory=dict)
 
 
 # --- the report ---------------------------------------------------------------------------------------------------
 
-# the columns' names; explained at the top of the report
-COLUMNS = ("setting", "variant", "median (low - high)", "cost / ours (low - high)", "of matrix peak", "phases")
 EXPLANATION = """\
-Every variant takes its turn in every round (A B, B A, ...); a cell shows the median of the rounds, then the lowest and
-the highest. `cost / ours` is the variant's cost divided by ours in the same round: above 1, ours is ahead. `of matrix
-peak` is the share of the machine's best rate of matrix products; only operations on real tokens count, padding does
-not. A setting names the precision, then rows x tokens of a batch and the share of its tokens that are no padding.
-lab/benchmark.py defines the parts and the goals, lab/peer.py the two settings of transformers, plain and best.
+The variants take turns (A B, A B, ...). A cell has the median of the rounds, then the lowest and the highest. The
+column `cost / ours` divides a variant's cost by ours of the same round: above 1, ours is ahead. `transformers` has its
+fastest settings (lab/peer.py). lab/benchmark.py defines the parts and the goals.
 """
+GOAL_COLUMNS = ("goal", "wanted", "measured", "reached", "bound by", "part", "commit", "machine")
+ROW_COLUMNS = ("setting", "variant", "cost", "cost / ours", "details")
+
+
+def machine(device):
+    """Name of the device, with its threads if it is a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")  # Linux; elsewhere the platform has the name
+    lines = info.read_text().splitlines() if info.exists() else []
+    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    threads = torch.get_num_threads()
+    return f"{name or platform.machine()}, {threads} thread{'s' * (threads > 1)}"
 
 
 def three_digits(value):
@@ -276,62 +204,57 @@ def three_digits(value):
 
 def with_spread(values, suffix=""):
     """Median (lowest - highest)."""
+    if not values:
+        return "not measured"
     middle, low, high = map(three_digits, (statistics.median(values), min(values), max(values)))
     return f"{middle}{suffix} ({low} - {high})"
 
 
-def cells(row):
-    """A line of the table from Row.record()."""
-    ratio = "1" if set(row["ratios"]) == {1.0} else with_spread(row["ratios"])
-    shares = ", ".join(f"{label} {statistics.median(share):.0%}" for label, share in row["peak_shares"].items())
-    scale = 1e3 if row["unit"] == "ms" else 1.0
-    names = row["rounds"][0] if len(row["rounds"][0]) > 1 else ()
-    costs = {name: scale * statistics.median(phases[name] for phases in row["rounds"]) for name in names}
-    details = filter(None, [", ".join(f"{name} {three_digits(cost)}" for name, cost in costs.items()), row["note"]])
-    value = with_spread(row["values"], f" {row['unit']}")
-    return [row["setting"], row["variant"], value, ratio, shares, "; ".join(details)]
+def row_cells(row):
+    """A row of a part's table."""
+    scale = 1e3 if row.unit == "ms" else 1.0
+    names = row.rounds[0] if row.rounds and len(row.rounds[0]) > 1 else ()
+    phases = (f"{x} {three_digits(scale * statistics.median(cost[x] for cost in row.rounds))}" for x in names)
+    cost = with_spread([scale * total for total in row.totals()], f" {row.unit}")
+    ratio = "1" if set(row.ratios) == {1.0} else with_spread(row.ratios)
+    return [row.setting, row.variant, cost, ratio, "; ".join(filter(None, [", ".join(phases), row.note]))]
 
 
-def table(records):
-    """Lines of a Markdown table of rows' records, its columns aligned."""
-    content = [COLUMNS, *map(cells, records)]
-    widths = [max(map(len, column)) for column in zip(*content, strict=True)]
-    lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |" for line in content]
-    return [lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]]
+def goal_cells(goal, bounds):
+    """A goal's cells in the table of goals, without part, commit and machine."""
+    outcome = goal.outcome()
+    bound = bounds.get(goal.bound, goal.bound) if outcome == "no" else ""
+    sign = "at least" if goal.at_least else "at most"
+    return [goal.text, f"{sign} {goal.wanted:g}", with_spread(goal.values), outcome, bound]
 
 
-def report_lines(title, record):
-    """A part's section of the report, from its record in the JSON file."""
-    peaks = ", ".join(f"{name} {peak / 1e9:,.0f}" for name, peak in record["matrix_peak"].items())
-    about = f"commit {record['commit'] or 'unknown'}, {record['device']}, {record['threads']} threads, torch "
-    about += f"{record['torch']}, transformers {record['transformers']}, {record['started'][:10]}, "
-    about += f"{record['seconds'] / 60:.1f} min; matrix peak in GFLOP/s: {peaks}"
-    lines = [f"## {title}", "", record["about"], "", f"`{record['command']}`", "", f"({about})", ""]
-    lines += [*table(record["rows"]), ""] if record["rows"] else []
-    lines += [*(f"- {goal}" for goal in record["goals"]), ""] if record["goals"] else []
+def part_lines(name, record):
+    """A part's section of the report."""
+    about = f"Commit {record['commit'] or 'unknown'}; {record['machine']}; torch {record['torch']}, transformers "
+    about += f"{record['transformers']}; {record['date']}; weights {record['weights']}, data {record['data']}."
+    lines = [f"## {name}", "", record["about"], "", f"`{record['command']}`", "", about, ""]
+    if record["rows"]:
+        lines += [*markdown(ROW_COLUMNS, [row_cells(Row(**row)) for row in record["rows"]]), ""]
     return lines + [line for note in record["notes"] for line in (note, "")]
 
 
-def goal_lines(records):
-    """The goals of all parts in a file of their own, each with its measurement."""
-    lines = ["# Speed: which goals are reached?", ""]
-    for name, record in records.items():
-        lines += [f"- {name}: {goal}" for goal in record["goals"]]
-    about = sorted({record["device"] for record in records.values()})
-    commits = sorted({record["commit"] for record in records.values()})
-    lines += ["", f"Median (lowest - highest) of the rounds. Device {', '.join(about)}; commits {', '.join(commits)}."]
-    return lines
+def report_lines(records):
+    """The report on {part: record}: the table of goals, then the parts."""
+    bounds = records.get("profile", {}).get("bounds", {})
+    goals = [
+        [*goal_cells(Goal(**goal), bounds), name, record["commit"], record["machine"]]
+        for name, record in records.items()
+        for goal in record["goals"]
+    ]
+    lines = ["# Speed beside transformers", "", EXPLANATION, *markdown(GOAL_COLUMNS, goals), ""]
+    return lines + [line for name, record in records.items() for line in part_lines(name, record)]
 
 
 def write_report(path, records, order):
-    """Write PATH.json, PATH.md and PATH-goals.md, parts in `order`; a part without a new record keeps its old one."""
+    """Write PATH.json and PATH.md, parts in `order`; a part without a new record keeps its old one."""
     old = path.with_suffix(".json")
     if old.is_file():
         records = json.loads(old.read_text()) | records
     records = {name: records[name] for name in order if name in records}
     write_whole(old, json.dumps(records, indent=1) + "\n")
-    lines = ["# Speed: how fast is each part beside transformers and torch.optim?", "", EXPLANATION]
-    for name, record in records.items():
-        lines += report_lines(name, record)
-    write_whole(path.with_suffix(".md"), "\n".join(lines).rstrip() + "\n")
-    write_whole(path.with_name(f"{path.name}-goals.md"), "\n".join(goal_lines(records)) + "\n")
+    write_whole(path.with_suffix(".md"), "\n".join(report_lines(records)).rstrip() + "\n")

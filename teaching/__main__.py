@@ -20,7 +20,8 @@ def make_parser():
     starter.add_argument(
         "--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what students write; default: all"
     )
-    grading = commands.add_parser("grade", help="print the points of a copy, and what to look at")
+    sandbox = "The limits of the process that runs a student's functions are no sandbox against malice."
+    grading = commands.add_parser("grade", help="print the points of a copy, and what to look at", epilog=sandbox)
     grading.add_argument("submission", help="the folder with the student's .py files")
     grading.add_argument("part", nargs="*", choices=[[], *PARTS], help=f"of {', '.join(PARTS)}; default: all")
     grading.add_argument("--seed", type=seed, default=PUBLIC_SEED, help="draws other models, vocabularies and shapes")

@@ -56,14 +56,23 @@ def describe(error, folder):
 
 
 def run_check(module, name, seed, size, folder):
-    """Run one check of a part. Returns {name: tensor}, with the inputs to print, or the text of an error."""
+    """Run one check of a part. Returns {name: tensor}, with the inputs to print and the text of the first error.
+
+    A check may return functions in place of results, so that an error in one of them does not hide the others.
+    """
+    frame = {}
     try:
         common = importlib.import_module("checks.common")
         check, draw = getattr(importlib.import_module(f"checks.{module}"), name), common.Draw(name, seed, size)
-        results = check(draw) | {GIVEN + key: value for key, value in draw.given.items()}
-        return {key: to_tensor(value) for key, value in results.items()}
+        results = check(draw)
+        for key, value in (results | {GIVEN + key: value for key, value in draw.given.items()}).items():
+            try:
+                frame[key] = to_tensor(value() if callable(value) else value)
+            except Exception as error:
+                frame.setdefault(ERROR, to_tensor(describe(error, folder)))
     except Exception as error:
-        return {ERROR: to_tensor(describe(error, folder))}
+        frame[ERROR] = to_tensor(describe(error, folder))
+    return frame
 
 
 def refuse_events(folders):

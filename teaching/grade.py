@@ -3,7 +3,8 @@
 For each part transplant.py takes the student's functions into a copy of the project. child.py runs the checks on this
 copy in a process of its own, which has limits and no expected values: it returns tensors. The same checks run on the
 reference. This file compares the two. So a student's code cannot print a verdict, patch a comparison or end the
-grading. A check without a result has no points.
+grading. A check without a result has no points. This is no sandbox against malice: grade the work of people whom you
+do not trust on a machine that has nothing else on it, as Gradescope does.
 
 In a starter copy there is no reference. The results of the reference for one seed are in EXPECTED instead.
 """
@@ -278,9 +279,9 @@ def explain_error(part, text, hint):
 def explain_difference(frame, expected):
     """Return the first result that differs, with the inputs of this case; an empty text if none does."""
     for name in (name for name in expected if not name.startswith(GIVEN)):
-        if name not in frame:
+        if name not in frame and ERROR not in frame:
             return f"{name} is missing"
-        if not equal(frame[name], expected[name]):
+        if name in frame and not equal(frame[name], expected[name]):
             given = [f"{key}: {show(value)}" for key, value in expected.items() if key.startswith(GIVEN)]
             return "\n".join(
                 [*given, f"computed {name}: {show(frame[name])}", f"expected {name}: {show(expected[name])}"]
@@ -298,10 +299,10 @@ def compare(part, frames, sentence, seed):
             frame = received.get((check.name, size))
             if frame is None:
                 output = f"no result: {sentence}\n{hint}"
-            elif ERROR in frame:
-                output = explain_error(part, as_text(frame[ERROR]), hint)
             elif difference := explain_difference(frame, expected[check.name, size]):
                 output = f"{difference}\n{hint}"
+            elif ERROR in frame:
+                output = explain_error(part, as_text(frame[ERROR]), hint)
             if output:
                 break
         results.append(Result(part, check, output))

@@ -434,9 +434,8 @@ PARTS = {
                 "layers",
                 1,
                 "the first stage of Sequential Layer Focus",
-                "sequential_layer_focus: for i = 1..L one phase (or several parts) that trains LayerAndExit(i) on "
-                "L_i "
-                "alone, keep=False, without the learning to exit (BERTer, section 3.3)",
+                "sequential_layer_focus: for i = 1..L one phase of layer_epochs that trains LayerAndExit(i) on L_i "
+                "alone, without LTELoss; it is scored, but its model is not kept (BERTer, section 3.3)",
             ),
             Check(
                 "second_stage",

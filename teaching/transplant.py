@@ -10,6 +10,8 @@ What cannot be taken over raises `Refused` with a sentence. The part then has no
 
 import ast
 import builtins
+import copy
+import symtable
 
 from .parts import PARTS
 from .source import ROOT, body_after_docstring, definition, left_out, remove_bodies, signature, split_name
@@ -40,13 +42,29 @@ class Refused(Exception):
     """A part that cannot be taken over; the text says what and why."""
 
 
+def scopes(node):
+    """Return Python's own tables of names: that of the statements of a node, then those of the functions inside."""
+    tables = [symtable.symtable(ast.unparse(node), "student", "exec")]
+    for table in tables:
+        tables += table.get_children()
+    return tables
+
+
 def names_bound(statement):
     """Return the names that a statement at the top level of a module sets."""
     if isinstance(statement, (*FUNCTIONS, ast.ClassDef)):
         return [statement.name]
     if isinstance(statement, ast.Import | ast.ImportFrom):
         return [(alias.asname or alias.name).split(".")[0] for alias in statement.names]
-    return [n.id for n in ast.walk(statement) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
+    top = scopes(statement)[0]
+    return [name.get_name() for name in top.get_symbols() if name.is_assigned() or name.is_imported()]
+
+
+def names_used(node):
+    """Return the names of the module, or built-in ones, that a node reads."""
+    top, *inner = scopes(node)
+    names = {name.get_name() for name in top.get_symbols() if name.is_referenced()}
+    return names | {name.get_name() for table in inner for name in table.get_symbols() if name.is_global()}
 
 
 def is_movable(statement):
@@ -59,9 +77,10 @@ def top_level(tree):
     return {name: statement for statement in tree.body for name in names_bound(statement)}
 
 
-def names_used(node):
-    """Return all names that a node reads."""
-    return {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
+def own_names(node):
+    """Return the names of a function's parameters and variables."""
+    stored = {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    return stored | {n.arg for n in ast.walk(node) if isinstance(n, ast.arg)}
 
 
 def same(a, b):
@@ -82,6 +101,14 @@ def without_annotations(node):
     return node
 
 
+def body_of(function):
+    """Return a copy of a function without what runs at its definition: decorators, annotations, defaults."""
+    function = without_annotations(copy.deepcopy(function))
+    function.decorator_list, function.args.defaults = [], []
+    function.args.kw_defaults = [None for _ in function.args.kwonlyargs]
+    return function
+
+
 class Rename(ast.NodeTransformer):
     """Rename what a student's code reads, but not its own parameters and variables of the same name."""
 
@@ -92,9 +119,7 @@ class Rename(ast.NodeTransformer):
         return ast.copy_location(ast.Name(self.names.get(node.id, node.id), node.ctx), node)
 
     def visit_inner(self, node):
-        arguments = [a.arg for a in ast.walk(node.args) if isinstance(a, ast.arg)]
-        stored = [n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
-        own = {*arguments, *stored}
+        own = own_names(node)
         Rename({old: new for old, new in self.names.items() if old not in own}).generic_visit(node)
         if not isinstance(node, ast.Lambda):
             node.name = self.names.get(node.name, node.name)
@@ -123,8 +148,10 @@ class Transplant:
         # functions that some part blanks are the reference's in this copy, whatever the student has there
         known = {name for row in PARTS.values() for name in (*row.blanks, *row.equivalents)}
         self.parts_names = {inner for owner, inner in map(split_name, known) if owner == module}
-        # {name: statement to add at the end}, {old name: new name}, functions that now stand in the reference
-        self.moved, self.renamed, self.placed = {}, {}, []
+        # {name: statement to add at the end}, {old name: new name}
+        self.moved, self.renamed = {}, {}
+        # functions of the reference that now have the student's body; new methods of its classes
+        self.placed, self.added = [], []
 
     def refuse(self, where, sentence):
         """Stop: the part cannot be taken over."""
@@ -147,6 +174,7 @@ class Transplant:
     def check(self, where, node):
         """Refuse code that uses what is forbidden in this part, or reaches around its function."""
         forbidden = PARTS[self.part].forbidden
+        own = own_names(node)
         for n in ast.walk(node):
             if isinstance(n, ast.Import | ast.ImportFrom):
                 self.check_import(where, n)
@@ -160,8 +188,14 @@ class Transplant:
                 if name in forbidden:
                     self.refuse(where, f"uses {name}, which is forbidden in part {self.part}: write it yourself")
                 hidden = name.startswith("__") and name.endswith("__") and name not in SPECIAL_METHODS
-                if name in BANNED and name not in self.theirs or hidden:
+                if name in BANNED and name not in own and name not in self.theirs or hidden:
                     self.refuse(where, f"uses {name}, which the grader does not take over")
+
+    def check_decorators(self, where, statement, allowed):
+        """Refuse decorators, which are code that runs at import, but for some of Python's own."""
+        for decorator in getattr(statement, "decorator_list", ()):
+            if ast.unparse(decorator).split("(")[0] not in allowed:
+                self.refuse(where, f"has the decorator @{ast.unparse(decorator)}, which the grader does not take over")
 
     def take(self, name):
         """Take over what a name of the student's module means, unless the copy has the same."""
@@ -173,10 +207,7 @@ class Transplant:
             return  # the reference's class serves: constructors are not taken over
         if not is_movable(statement):
             self.refuse(name, "is set inside a statement such as if, try or for: define it on a line of its own")
-        if isinstance(statement, (*FUNCTIONS, ast.ClassDef)) and statement.decorator_list:
-            decorators = ", ".join(f"@{ast.unparse(decorator)}" for decorator in statement.decorator_list)
-            if not (isinstance(statement, ast.ClassDef) and "dataclass" in decorators):
-                self.refuse(name, f"has the decorator {decorators}, which the grader does not take over")
+        self.check_decorators(name, statement, {"dataclass", "dataclasses.dataclass"})
         self.check(name, statement)
         for bound in names_bound(statement):
             self.moved[bound] = statement
@@ -199,9 +230,10 @@ class Transplant:
             present = {name for statement in target.body for name in names_bound(statement)}
             new = [statement for statement in theirs.body if n.attr in names_bound(statement)]
             if new and n.attr not in present:
+                self.check_decorators(f"{owner}.{n.attr}", new[-1], {"staticmethod", "classmethod", "property"})
                 self.check(f"{owner}.{n.attr}", new[-1])
                 target.body.append(new[-1])
-                self.placed.append(new[-1])
+                self.added.append(new[-1])
                 self.follow(new[-1])
                 self.take_methods(owner, new[-1], target, theirs)
 
@@ -212,8 +244,8 @@ class Transplant:
             self.refuse(inner, "is missing: keep the function under its name")
         if signature(function) != expected:
             self.refuse(inner, f"was changed to `{signature(function)}`: keep `{expected}`")
-        self.check(inner, ast.Module(function.body, []))
-        self.follow(ast.Module(function.body, []))
+        self.check(inner, function)
+        self.follow(body_of(function))
         owner, _, _ = inner.rpartition(".")
         if owner:
             self.take_methods(owner, function, definition(self.reference, owner), definition(self.student, owner))
@@ -244,6 +276,10 @@ class Transplant:
                     if bound in self.renamed:
                         alias.asname = self.renamed[bound]
         for node in self.placed:
+            defaults = copy.deepcopy(node.args)  # the reference's
+            rename.visit(node)
+            node.args = defaults
+        for node in self.added:
             rename.visit(without_annotations(node))
         # in the student's order: a constant may need one above it
         moved = [statement for statement in self.student.body if statement in self.moved.values()]

@@ -333,14 +333,14 @@ BUGS = {
     ),
     "no second stage": (
         "slf.py",
-        "                without=(LTELoss,),\n            )\n    yield from second",
-        "                without=(LTELoss,),\n            )",
+        "            without=(LTELoss,),\n        )\n    yield from second",
+        "            without=(LTELoss,),\n        )",
         "slf",
     ),
     "scores do not reach the second plan": (
         "slf.py",
-        "                without=(LTELoss,),\n            )\n    yield from second",
-        "                without=(LTELoss,),\n            )\n    for phase in second:\n        yield phase",
+        "            without=(LTELoss,),\n        )\n    yield from second",
+        "            without=(LTELoss,),\n        )\n    for phase in second:\n        yield phase",
         "slf",
     ),
     "an equal score counts as better": ("slf.py", "if not score > previous:", "if not score >= previous:", "slf"),

@@ -62,10 +62,9 @@ def dot(a, b):
     "slf": """
 import math as m
 
-def stage_one(i, depth, layer_epochs):
-    count = m.ceil(layer_epochs)
-    size = layer_epochs / count
-    return [Phase(f"{i}", size, ({i: 1.0},), LayerAndExit(i), (k, count), False, (LTELoss,)) for k in range(count)]
+def stage_one(i, epochs):
+    settings = {"keep": False, "scored": True, "without": (LTELoss,)}
+    return Phase(f"{i}", epochs, ({i: 1.0},), LayerAndExit(i), **settings)
 """,
 }
 
@@ -310,8 +309,7 @@ return logits, leaves
 """,
     "slf.sequential_layer_focus": """
 for layer in range(depth):
-    for phase in stage_one(layer + 1, depth, layer_epochs):
-        yield phase
+    yield stage_one(layer + 1, layer_epochs)
 try:
     phase = next(second)
     while True:
@@ -325,7 +323,7 @@ in_a, best = True, None
 for epoch in range(epochs):
     weights = {depth: 1.0} if in_a else joint
     score = yield Phase(label="", fraction=size, exit_weights=(weights,), part=(epoch, epochs))
-    if best is not None and not best < score or score != score:
+    if best is not None and not best < score or m.isnan(score):
         in_a = not in_a
     best = score
 """,

@@ -298,6 +298,7 @@ def test_what_cannot_be_taken_over_is_named(submission, old, new, sentence):
     ("helpers", "sentence"),
     [
         ("\nif True:\n    ROOT_K = math.sqrt\n", "ROOT_K is set inside a statement such as if, try or for"),
+        ("\ntry:\n    import os as ROOT_K\nexcept ImportError:\n    pass\n", "ROOT_K is set inside a statement such"),
         ("\n@torch.no_grad()\ndef ROOT_K(x):\n    return 1\n", "ROOT_K has the decorator @torch.no_grad()"),
         ("\nimport sys\nROOT_K = sys.maxsize\n", "sys imports sys, which"),
     ],
@@ -305,6 +306,20 @@ def test_what_cannot_be_taken_over_is_named(submission, old, new, sentence):
 def test_a_helper_that_cannot_be_taken_over_is_named(submission, helpers, sentence):
     submission.body("bert.attend_plain", "return value * ROOT_K(4)", helpers)
     assert sentence in refused(submission)
+
+
+def test_a_variable_may_have_the_name_of_a_forbidden_function(submission):
+    body = "input = query @ key.transpose(2, 3)\nreturn [exit for exit in (input, value)][1]"
+    submission.body("bert.attend_plain", body)
+    assert "computed attend_plain" in submission.grade("attention")[1].output
+
+
+def test_a_blank_does_not_hide_a_mistake_beside_it(submission):
+    submission.change("bert.py", *BUGS["heads cut without a transpose"][1:3])
+    submission.body(
+        "bert.BertSelfAttention.merge_heads", 'raise NotImplementedError("part attention: write merge_heads")'
+    )
+    assert "computed split_heads(x)" in submission.grade("attention")[0].output
 
 
 def test_changes_that_are_not_taken_over_are_named(submission):
@@ -400,6 +415,17 @@ def test_the_process_has_no_reference_and_no_network(submission):
     body = "torch.distributed.rendezvous\nimport urllib.request\nreturn value"
     submission.body("bert.attend_plain", body)
     assert "imports urllib.request" in refused(submission)
+
+
+def test_the_process_has_no_network_where_the_system_can_take_it():
+    if not grading.without_network():
+        pytest.skip("no unshare, or no right to use it")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        code = f"import socket; socket.create_connection(('127.0.0.1', {server.getsockname()[1]}), 5)"
+        command = [sys.executable, "-c", code]
+        assert subprocess.run(command, capture_output=True).returncode == 0
+        done = subprocess.run([*grading.without_network(), *command], capture_output=True, text=True)
+    assert "unreachable" in done.stderr
 
 
 def test_frames_are_never_unpickled():

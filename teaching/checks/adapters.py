@@ -57,7 +57,7 @@ def pal(draw):
     narrow = draw.normal(b, s, m)
     cells = torch.arange(b * s * m, dtype=torch.float64).view(b, s, m)
     return {
-        "split_heads": module.split_heads(cells),
-        "attend": module.attend(narrow, extended),
-        "forward": module(output, Context(h, extended, shared)),
+        "split_heads": lambda: module.split_heads(cells),
+        "attend": lambda: module.attend(narrow, extended),
+        "forward": lambda: module(output, Context(h, extended, shared)),
     }

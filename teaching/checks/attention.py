@@ -27,7 +27,7 @@ def heads(draw):
     x = torch.arange(b * s * config.hidden_size, dtype=torch.float64).view(b, s, -1)
     y = torch.arange(x.numel(), dtype=torch.float64).view(b, config.num_attention_heads, s, k)
     draw.show(x=x, y=y)
-    return {"split_heads(x)": module.split_heads(x), "merge_heads(y)": module.merge_heads(y)}
+    return {"split_heads(x)": lambda: module.split_heads(x), "merge_heads(y)": lambda: module.merge_heads(y)}
 
 
 def scores(draw):
@@ -53,7 +53,10 @@ def dropout(draw):
     query, key, value = draw_heads(draw)
     mask = draw.mask(len(query), query.shape[2])
     draw.show(query=query, key=key, value=value, mask=mask, dropout="weight of token j times (j + 1) / 2")
-    dropped = attend_plain(query, key, value, extended(mask), Scale())
-    narrow = (x.bfloat16() for x in (query, key, value))
-    half = attend_plain(*narrow, extended(mask).float(), torch.nn.Identity())
-    return {"attend_plain": dropped, "dtype for bfloat16 inputs": str(half.dtype)}
+    narrow = [x.bfloat16() for x in (query, key, value)]
+    return {
+        "attend_plain": lambda: attend_plain(query, key, value, extended(mask), Scale()),
+        "dtype for bfloat16 inputs": lambda: str(
+            attend_plain(*narrow, extended(mask).float(), torch.nn.Identity()).dtype
+        ),
+    }

@@ -18,12 +18,16 @@ def packing(draw):
     return {"ids, segment ids": "\n".join(f"{list(ids)} {list(types)}" for *_, (ids, types) in results)}
 
 
-def with_gradient(function, logits, *others):
-    """Return the values of a loss and the gradient of their sum."""
+def gradient(function, logits, *others):
+    """Return the gradient of the sum of a loss's values."""
     logits = logits.clone().requires_grad_()
-    values = function(logits, *others)
-    (gradient,) = torch.autograd.grad(values.sum(), logits)
-    return values, gradient
+    return torch.autograd.grad(function(logits, *others).sum(), logits)[0]
+
+
+def with_gradients(cases):
+    """Return the values and the gradients of {name: (function, logits, ...)}, as functions."""
+    values = {name: lambda case=case: case[0](*case[1:]) for name, case in cases.items()}
+    return values | {f"gradient of {name}": lambda case=case: gradient(*case) for name, case in cases.items()}
 
 
 def losses(draw):
@@ -41,11 +45,8 @@ def losses(draw):
         "squared_error(one_logit, values)": (tasks.squared_error, one, values),
         "cosine_embedding(cosines, sides)": (tasks.cosine_embedding, cosines, sides),
     }
-    results = {}
-    for name, case in cases.items():
-        results[name], results[f"gradient of {name}"] = with_gradient(*case)
-    half = tasks.cross_entropy(logits.bfloat16(), labels.float())
-    return results | {"dtype of cross_entropy for bfloat16 logits": str(half.dtype)}
+    half = {"dtype for bfloat16 logits": lambda: str(tasks.cross_entropy(logits.bfloat16(), labels.float()).dtype)}
+    return with_gradients(cases) | half
 
 
 def divergences(draw):
@@ -53,14 +54,12 @@ def divergences(draw):
     b, classes = 1 + 2 * draw.size, draw.number(2, 3 + draw.size)
     p, q, one, other = draw.normal(b, classes), draw.normal(b, classes), draw.normal(b, 1), draw.normal(b, 1)
     draw.show(p_logits=p, q_logits=q, p_logit=one, q_logit=other)
-    results = {}
-    for name, case in {
+    cases = {
         "softmax_divergence": (tasks.softmax_divergence, p, q),
         "bernoulli_divergence": (tasks.bernoulli_divergence, one, other),
         "softmax_divergence of large logits": (tasks.softmax_divergence, 100 * p, 100 * q),
-    }.items():
-        results[name], results[f"gradient of {name}"] = with_gradient(*case)
-    return results
+    }
+    return with_gradients(cases)
 
 
 def decoding(draw):
@@ -69,14 +68,11 @@ def decoding(draw):
     logits = draw.normal(b, draw.number(2, 3 + draw.size))
     scores = torch.cat([draw.uniform(0, 1, b), torch.tensor([0.0, threshold, 1.0], dtype=torch.float64)])
     draw.show(logits=logits, scores=scores, threshold=threshold)
-    classes, probabilities = tasks.decode_softmax(logits)
-    decisions, sides = tasks.decide(scores, threshold)
-    moved, moved_sides = tasks.decide(scores, 0.3)
     return {
-        "predictions of decode_softmax": classes,
-        "probabilities of decode_softmax": probabilities,
-        "predictions of decide": decisions,
-        "probabilities of decide": sides,
-        "predictions of decide with threshold .3": moved,
-        "probabilities of decide with threshold .3": moved_sides,
+        "predictions of decode_softmax": lambda: tasks.decode_softmax(logits)[0],
+        "probabilities of decode_softmax": lambda: tasks.decode_softmax(logits)[1],
+        "predictions of decide": lambda: tasks.decide(scores, threshold)[0],
+        "probabilities of decide": lambda: tasks.decide(scores, threshold)[1],
+        "predictions of decide with threshold .3": lambda: tasks.decide(scores, 0.3)[0],
+        "probabilities of decide with threshold .3": lambda: tasks.decide(scores, 0.3)[1],
     }

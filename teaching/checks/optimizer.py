@@ -74,8 +74,8 @@ def schedules(draw):
             draw.uniform(0, 1) for _ in range(10 * draw.size)
         ]
         draw.show(progress=progress[:5], warmup=warmup)
-        results[f"{schedule.__name__} with warmup"] = [schedule(x, warmup) for x in progress]
-        results[f"{schedule.__name__} without"] = [schedule(x) for x in progress]
+        results[f"{schedule.__name__} with warmup"] = lambda s=schedule, xs=progress, w=warmup: [s(x, w) for x in xs]
+        results[f"{schedule.__name__} without"] = lambda s=schedule, xs=progress: [s(x) for x in xs]
     return results
 
 

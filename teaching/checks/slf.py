@@ -14,8 +14,8 @@ def describe(phase, model):
     weights = [{i: round(float(w), 6) for i, w in entry.items()} for entry in phase.exit_weights]
     part, without = tuple(phase.part), sorted(term.__name__ for term in phase.without)
     return (
-        f"{phase.fraction:.6f} epochs, exit weights {weights}, part {part}, keep {phase.keep}, without {without}\n"
-        f"    trains {' '.join(trained)}"
+        f"{phase.fraction:.6f} epochs, exit weights {weights}, part {part}, without {without}\n"
+        f"    keep {phase.keep}, scored {phase.scored}, trains {' '.join(trained)}"
     )
 
 
