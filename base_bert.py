@@ -25,8 +25,8 @@ import torch
 from torch import nn
 
 from errors import InputError
-from files import write_whole
-from weights import check_vocabulary, find_weight_file, named_folder, read_json, read_weights
+from files import read_json, write_whole
+from weights import check_vocabulary, find_weight_file, named_folder, read_weights
 
 # the names of config.json, each with its function
 ACTIVATIONS = {
@@ -46,6 +46,8 @@ SIZES = (
     "max_position_embeddings",
     "type_vocab_size",
 )
+# Larger sizes are no BERT's: they are refused before a model of that size needs more memory than there is.
+LARGEST, DEEPEST = 2**24, 1000
 # The tokenizer reads these files from the folder of the weights. save_pretrained writes copies of them.
 TOKENIZER_FILES = ("vocab.txt", "tokenizer_config.json")
 
@@ -56,7 +58,7 @@ TOKENIZER_FILES = ("vocab.txt", "tokenizer_config.json")
 def is_number(value, kinds):
     """Return whether a value read from JSON is a finite number of one of these types."""
     # Python counts True as the integer 1
-    return isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, kinds) and not isinstance(value, bool) and abs(value) < math.inf
 
 
 @dataclasses.dataclass
@@ -86,7 +88,8 @@ class BertConfig:
     def __post_init__(self):
         probabilities = ("hidden_dropout_prob", "attention_probs_dropout_prob")
         for names, kinds, is_possible, wanted in (
-            (SIZES, int, lambda x: x > 0, "a whole number above 0"),
+            (SIZES, int, lambda x: 0 < x < LARGEST, f"a whole number above 0 and below {LARGEST:,}"),
+            (("num_hidden_layers",), int, lambda x: x <= DEEPEST, f"at most {DEEPEST} layers"),
             (probabilities, (int, float), lambda x: 0 <= x < 1, "a number from 0 to below 1"),
             (("initializer_range", "layer_norm_eps"), (int, float), lambda x: x > 0, "a number above 0"),
             (("pad_token_id",), int, lambda x: 0 <= x < self.vocab_size, "a whole number from 0 to below vocab_size"),
@@ -237,7 +240,6 @@ class BertPreTrainedModel(nn.Module):
         # A tensor on the meta device has a shape but no numbers: none are drawn, only to be overwritten.
         with torch.device("meta"):
             model = cls(config, **arguments)
-        model.to_empty(device="cpu")  # memory without values; copy_weights fills all of it
         model.tokenizer_files = {
             name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()
         }
@@ -253,8 +255,7 @@ class BertPreTrainedModel(nn.Module):
 
     def copy_weights(self, weights, path):
         """Fill every parameter from tensors under the hub's names, each used exactly once."""
-        unused = set(weights)
-        # the tensors of state_dict share the parameters' memory and are outside autograd
+        unused, ours = set(weights), {}
         for name, parameter in self.state_dict().items():
             source = hub_name(name)
             if source not in weights:
@@ -264,10 +265,12 @@ class BertPreTrainedModel(nn.Module):
                     f"{path}: tensor {source} has shape {list(weights[source].shape)}, but config.json requires "
                     f"{list(parameter.shape)}: take both files from the same model"
                 )
-            parameter.copy_(weights[source])  # in place; 16-bit weights become float32
+            # a copy, which outlives the file; 16-bit weights become float32
+            ours[name] = weights[source].to(parameter.dtype, copy=True)
             unused.remove(source)
         if unused:
             raise InputError(f"{path}: tensor {min(unused)} is not part of the BERT of this config.json: remove it")
+        self.load_state_dict(ours, assign=True)  # the tensors themselves become the parameters
 
 
 # ---- dropout ---------------------------------------------------------------------------------------------

@@ -21,9 +21,9 @@ from torch import nn
 import parallel
 from base_bert import BertConfig
 from datasets import SPLITS, find_data_dir, read_dataset, report
-from errors import InputError, smaller, spare_memory
+from errors import InputError, smaller, spare_memory, warn
 from evaluation import run_in_order
-from flags import METHODS, PRECISIONS, SAMPLE_DEFAULTS, encoding
+from flags import METHODS, PRECISIONS, SAMPLE_DEFAULTS
 from methods import per_task, positive, positive_int
 from optimizer import OPTIMIZERS, SCHEDULES, parameter_groups
 from runs import check_same_files, command_line, describe_environment, hash_weights, sha256
@@ -108,7 +108,7 @@ def choose_device(use_gpu):
             return torch.device("cuda")
         if torch.backends.mps.is_available() and not parallel.several():
             return torch.device("mps")
-        print("warning: --use_gpu, but torch sees no GPU (CUDA or MPS): training on the CPU", file=sys.stderr)
+        warn("--use_gpu, but torch sees no GPU (CUDA or MPS): working on the CPU")
     return torch.device("cpu")
 
 
@@ -309,7 +309,7 @@ def needs_of_methods(flags):
 def build_table(flags):
     """The run's tasks: {name: Task}."""
     in_pairs = [name for name, row in TASKS.items() if row.is_pair and name in flags["tasks"]]
-    pairs = per_task(flags["pairs"], "--pairs", in_pairs, encoding)
+    pairs = per_task(flags["pairs"], "--pairs", in_pairs, str)
     losses = {name: flags.get(f"{name}_loss") for name in flags["tasks"]}
     return build_tasks(flags["tasks"], pairs, flags["siamese_features"], losses)
 

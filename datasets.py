@@ -24,7 +24,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from errors import InputError
+from errors import InputError, warn
+from files import opened
 from tasks import TASKS
 from tokenizer import BertTokenizer, pad, truncate_pair
 
@@ -34,6 +35,8 @@ SAMPLE = Path(__file__).parent / "data" / "sample"
 SPECIALS = {"single": 2, "concat": 3, "embed_concat": 4, "siamese": 2}
 # A file may have a few rows that are not usable. If it has a larger share of them, something is wrong with the file.
 MAX_UNUSABLE = 0.01
+# A warning about rows names this many of their lines.
+LINES_NAMED = 3
 
 
 @dataclass(frozen=True)
@@ -250,16 +253,14 @@ def bucketed_batches(lengths, batch_size, rng, pool=32):
 def decoded_lines(path):
     """Yield the lines of a text file one by one, because the entire decoded text would need several times its size."""
     try:
-        with open(path, "rb") as file:
+        with opened(path) as file:
             for line, raw in enumerate(file, start=1):
                 if b"\0" in raw:
                     raise InputError(f"{path}: line {line}: NUL byte, so not text: get it again or remove the byte")
+                if line == 1 and b"\r" in raw.rstrip(b"\r\n"):
+                    raise InputError(f"{path}: line 1: CR line ends: save the file with LF or CRLF line ends")
                 # only the first line may start with a byte order mark
                 yield raw.decode("utf-8-sig" if line == 1 else "utf-8")
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file: check --data_dir, or get the data with ./setup.sh --data") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}): check the path and its permissions") from None
     except UnicodeDecodeError as error:
         value = error.object[error.start : error.start + 1]
         raise InputError(f"{path}: line {line}: byte {value!r} is not UTF-8: save the file as UTF-8") from None
@@ -274,7 +275,8 @@ def read_label(task, value, where):
         return math.nan
     low, high = task.label_range
     try:
-        label = float(value)
+        # float would take the digits of other scripts, and 1_0
+        label = float(value) if value.isascii() and "_" not in value else math.nan
     except ValueError:
         label = math.nan
     # comparisons with NaN are false, so a NaN is refused here too
@@ -292,6 +294,9 @@ def check_columns(task, path, columns, labelled):
     missing = [name for name in needed if name not in columns]
     if not any(map(str.strip, columns)):
         raise InputError(f"{path}: line 1: empty file or blank first line: check it or get it again")
+    twice = [name for name in needed if columns.count(name) > 1]
+    if twice:
+        raise InputError(f"{path}: line 1: column {twice[0]} is there twice: remove or rename one")
     if missing:
         # a header that is one column was probably separated by commas
         hint = "the columns must be separated by tabs" if len(columns) == 1 else "check the header line"
@@ -320,6 +325,13 @@ def numbered_rows(path):
         raise InputError(f"{path}: line {line}: {error}: check the quotes from this line on") from None
 
 
+def warn_rows(path, lines, problem):
+    """Print a warning for rows with a problem, which are accepted. `lines` are their lines in the file."""
+    if len(lines):
+        which = ", ".join(map(str, lines[:LINES_NAMED])) + ", ..." * (len(lines) > LINES_NAMED)
+        warn(f"{path}: {len(lines)} rows {problem}: line {which}")
+
+
 def read_dataset(task, path, tokenizer, max_length=512, labelled=True):
     """Read a CSV file in the course's format: separated by tabs, with a header line that names the columns.
 
@@ -334,9 +346,10 @@ def read_dataset(task, path, tokenizer, max_length=512, labelled=True):
     # columns are identified by name, because test files have them in other places
     id_at, text_at = columns.index("id"), [columns.index(name) for name in task.columns]
     label_at = columns.index(task.label_column) if labelled else None
-    dataset = Dataset(task, Path(path), tokenizer, max_length)
+    dataset, lines = Dataset(task, Path(path), tokenizer, max_length), array("q")
     for line, fields in rows:
         where = f"{path}: line {line}"
+        lines.append(line)
         if len(fields) != len(columns):
             raise InputError(
                 f"{where}: {len(fields)} fields, but the header has {len(columns)}: check tabs and quotes in "
@@ -353,6 +366,11 @@ def read_dataset(task, path, tokenizer, max_length=512, labelled=True):
             f"{path}: {left_out} of {len(dataset)} rows have no label or an empty text, "
             f"above {MAX_UNUSABLE:.0%}: correct the file"
         )
+    ids = np.fromiter((hash(dataset.ids[row].tobytes()) for row in range(len(dataset))), np.int64, len(dataset))
+    # np.delete leaves the rows that do not have the first occurrence of an id
+    warn_rows(path, np.delete(lines, np.unique(ids, return_index=True)[1]), "have the id of an earlier row")
+    if labelled:
+        warn_rows(path, np.delete(lines, dataset.usable), "have no label or an empty text and are left out")
     return dataset
 
 
@@ -387,8 +405,8 @@ def fingerprints(dataset):
 def report(datasets):
     """Describe {task name: {split: Dataset}} in lines of text.
 
-    The lines contain the numbers of rows, their lengths in tokens, the shares of the labels, the numbers of unusable
-    and truncated rows, and the number of dev rows that also occur in train.
+    The lines contain the numbers of rows, their lengths in tokens, the shares of the labels, the numbers of truncated
+    rows, and the number of dev rows that also occur in train.
     """
     lines = []
     for splits in datasets.values():
@@ -406,10 +424,6 @@ def report(datasets):
                 shares = np.bincount(labels.astype(int), minlength=len(data.task.label_names)) / len(labels)
                 line += "  labels " + " ".join(f"{share:.1%}" for share in shares)
             lines.append(line)
-            # no row of a test file is usable, which is not worth a line
-            left_out = len(data) - len(data.usable)
-            if left_out and split != "test":
-                lines.append(f"{'':<13}{left_out} rows without a label or with an empty text are left out")
             if data.truncated:
                 lines.append(f"{'':<13}{data.truncated} rows are cut to {data.max_length} tokens")
         if {"train", "dev"} <= splits.keys():

@@ -1,10 +1,46 @@
-"""Files that appear whole or not at all."""
+"""Files that are read with one line for every mistake, and files that appear whole or not at all."""
 
+import json
 import os
+import stat
+from contextlib import contextmanager
 from pathlib import Path
 
-from errors import InputError
+from errors import InputError, UnreadableError
 from parallel import on_first
+
+
+@contextmanager
+def opened(path):
+    """Open a file that the user named, to read its bytes.
+
+    Raises: UnreadableError where it is missing, may not be read, or is no ordinary file.
+    """
+    try:
+        # O_NONBLOCK: to open a pipe would otherwise wait for its writer
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise UnreadableError(f"{path}: is not a file, but a pipe or a device: write its content into a file")
+            yield file
+    except OSError as error:
+        raise UnreadableError(
+            f"{path}: cannot be read ({error.strerror}): check the path and its permissions"
+        ) from None
+
+
+def read_json(path):
+    """Read a JSON file that contains an object.
+
+    Raises: InputError for any other file.
+    """
+    with opened(path) as file:
+        try:
+            values = json.loads(file.read())
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{path}: is not valid JSON ({error}): get it again") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: contains {values!r:.40}, not an object: get it again")
+    return values
 
 
 @on_first

@@ -5,6 +5,7 @@ its record to that list (METHODS.md).
 """
 
 import argparse
+from pathlib import Path
 
 import torch
 
@@ -16,9 +17,9 @@ import slf
 import smart
 from datasets import SPLITS
 from errors import InputError, Parser
-from methods import at_least_zero, below_one, positive, positive_int, seed
+from methods import at_least_zero, below_one, phase_epochs, positive, positive_int, seed
 from optimizer import OPTIMIZERS, SCHEDULES
-from runs import FORMAT
+from runs import FORMAT, damaged
 from samplers import DATA_SPLITS, SAMPLERS
 from tasks import ENCODINGS, TASKS, headless_losses
 
@@ -51,10 +52,10 @@ def file_flags():
     return {f"{name}_{split}" for name in TASKS for split in SPLITS} | {"outputs"}
 
 
-def encoding(text):
-    """A pair encoding, for per_task."""
-    if text not in ENCODINGS:
-        raise ValueError(f"{text!r} is not one of {', '.join(ENCODINGS)}")
+def pair_encoding(text):
+    """An entry of --pairs: an encoding, or task=encoding."""
+    if text.rpartition("=")[2] not in ENCODINGS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(ENCODINGS)}")
     return text
 
 
@@ -121,16 +122,11 @@ def add_course_flags(group):
     group.add_argument("--tasks", nargs="+", choices=tuple(TASKS), default=["sst", "para", "sts"], help="what to learn")
     group.add_argument("--epochs", type=positive_int, default=5, help="passes over each task's part of the data")
     group.add_argument(
-        "--epoch_size",
-        type=positive,
-        default=1.0,
-        help="length of one of the --epochs, in passes over the data",
+        "--epoch_size", type=phase_epochs, default=1.0, help="length of one of the --epochs, in passes over the data"
     )
     group.add_argument("--batch_size", type=positive_int, default=16, help="examples per batch of a process")
     group.add_argument(
-        "--lr",
-        type=positive,
-        help="peak learning rate; default by optimiser, by what is trained and by the size of BERT",
+        "--lr", type=positive, help="peak learning rate; default by optimiser, training, and size of BERT"
     )
     group.add_argument("--hidden_dropout_prob", type=below_one, default=0.3, help="dropout before the heads")
     group.add_argument("--seed", type=seed, default=11711, help="seed of everything random")
@@ -150,15 +146,14 @@ def add_data_flags(group):
         "--sampler",
         choices=tuple(SAMPLERS),
         default="random",
-        help="which task comes next; proportional, sqrt, annealed differ with --split full",
+        help="next task; the last three differ with --split full",
     )
     group.add_argument(
-        "--max_length",
-        type=positive_int,
-        help="tokens per text or packed pair; default 512, or the weights' positions if they are fewer",
+        "--max_length", type=positive_int, help="tokens per text or packed pair; default 512, or the weights' positions"
     )
     group.add_argument(
         "--pairs",
+        type=pair_encoding,
         nargs="+",
         metavar="ENC",
         default=["concat"],
@@ -240,7 +235,8 @@ def check_flags(flags, typed):
         # the other flags are the saved run's; runs.check_same_run compares them with those typed now
         conflicts = [(flags["overwrite"], "--resume continues a run, --overwrite replaces it: choose one")]
     else:
-        conflicts = [*loop_conflicts(flags, typed)]
+        which = flags["option"] == "evaluate" and not flags["run_dir"]
+        conflicts = [(which, "--option evaluate: which run? give --run_dir"), *loop_conflicts(flags, typed)]
         for method in METHODS:
             conflicts += method.conflicts(flags, typed)
     for applies, sentence in conflicts:
@@ -265,17 +261,49 @@ def loop_conflicts(flags, typed):
 # --- the flags of a saved run -------------------------------------------------------------------------------------
 
 
-def recorded_flags(config):
-    """A saved run's flags; a flag that is newer than the run has its default."""
-    flags = config["flags"] if config.get("format") == FORMAT else upgrade(config["flags"])
-    return parse_flags([])[0] | flags
+def recorded_flags(config, folder):
+    """A saved run's flags, which the parser reads as if they were typed; a newer flag has its default.
+
+    Raises: InputError for a flag that the program does not have, or a value that its parser refuses.
+    """
+    parser, path = make_parser(), Path(folder) / "config.json"
+    actions, flags = {action.dest: action for action in parser._actions}, vars(parser.parse_args([]))
+    recorded = config["flags"]
+    with damaged(path):
+        if config.get("format") != FORMAT:
+            recorded = upgrade(recorded)
+            # the sizes of the saved tensors follow from this flag, which the parser does not have any more
+            size = recorded.pop("adapter_size", None)
+            flags |= {"adapter_size": positive_int(str(size))} if size is not None else {}
+    for name, value in recorded.items():
+        if name not in flags:
+            raise InputError(f"{path}: this run was started with --{name}, which the program does not have now")
+        with damaged(path):
+            flags[name] = reread(parser, actions[name], value)
+    return flags
+
+
+def reread(parser, action, value):
+    """The value of a flag, after the parser has read it as text: its types and choices apply to a file too.
+
+    Raises: ValueError or InputError.
+    """
+    option, values = action.option_strings[0], value if isinstance(value, list) else []
+    # a switch takes no value
+    is_alone = not isinstance(value, list) and action.nargs != 0
+    words = [f"{option}={value}"] if is_alone else [option, *map(str, values)]
+    if action.dest == "outputs":  # entries such as sst-dev=FILE, of --sst_dev_out
+        words = [f"--{'_out='.join(str(entry).replace('-', '_', 1).split('=', 1))}" for entry in values]
+    read = action.default if value == action.default else getattr(parser.parse_args(words), action.dest)
+    if read != value:
+        raise ValueError(f"--{action.dest} is {value!r}, but would be read as {read!r}")
+    return read
 
 
 def upgrade(flags):
     """The flags of a run of format 1 in today's spelling, as evaluation and prediction need them.
 
-    What only its training used is dropped: such a run is not resumed. --adapter_size is kept, since the sizes of
-    the saved tensors follow from it.
+    What only its training used is dropped: such a run is not resumed. --adapter_size is kept.
     """
     kept = set(parse_flags([])[0]) - {"bregman", "lnsr"} | {"adapter_size"}
     upgraded = {name: value for name, value in flags.items() if name in kept}

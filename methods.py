@@ -16,6 +16,9 @@ from dataclasses import dataclass
 
 from errors import InputError
 
+# the largest number that a flag may count up to, and the most epochs in a phase
+MOST, LONGEST_PHASE = 10**9, 100
+
 
 class Resumable:
     """Base class of what a run saves and continues from; a subclass with a state of its own overrides both."""
@@ -101,12 +104,15 @@ def convert(flag, entry, text, function):
 def per_task(entries, flag, names, function):
     """Read `value` or `task=value ...` entries into {task: value}; an entry that names its task wins.
 
-    Raises: InputError for an unknown task or a value that the function refuses.
+    Raises: InputError for an unknown task, a second value of a task, or a value that the function refuses.
     """
-    chosen = {}
+    chosen, entered = {}, set()
     for entry in sorted(entries or (), key=lambda entry: "=" in entry):
         name, equals, text = entry.rpartition("=")
         value = convert(flag, entry, text, function)
+        if name in entered:
+            raise InputError(f"{flag} {entry}: there is a value {'for this task' if name else 'for all tasks'} already")
+        entered.add(name)
         for task in [name] if equals else names:
             if task not in names:
                 raise InputError(f"{flag} {entry}: no such task here; tasks are {', '.join(names)}")
@@ -118,10 +124,10 @@ def per_task(entries, flag, names, function):
 
 
 def positive_int(text):
-    """A whole number above 0."""
+    """A whole number above 0, and small enough to count with."""
     value = int(text)
-    if value <= 0:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    if not 0 < value <= MOST:
+        raise argparse.ArgumentTypeError(f"{text:.40} is not from 1 to {MOST:,}")
     return value
 
 
@@ -147,6 +153,21 @@ def positive(text):
     if value == 0:
         raise argparse.ArgumentTypeError(f"{text} is not above 0")
     return value
+
+
+def phase_epochs(text):
+    """The length of a phase in epochs: all of its steps are listed when it starts, and the list needs memory."""
+    value = positive(text)
+    if value > LONGEST_PHASE:
+        raise argparse.ArgumentTypeError(f"{text} is above {LONGEST_PHASE}")
+    return value
+
+
+def filled(text):
+    """A text that is not empty."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("is empty")
+    return text
 
 
 def below_one(text):

@@ -375,15 +375,13 @@ def make_model(flags, tasks, bert):
     return MultitaskBERT(bert, tasks, dropout, flags["pooling"], with_exits, adapters, init)
 
 
-def train_run(flags, typed, defaults):
+def train_run(folder, flags, typed):
     """Read everything a training run needs, make its directory, and train."""
-    folder, config = RunFolder(flags["run_dir"] or name_run(flags, defaults)), None
+    config = None
     if flags["resume"]:
         config = folder.config()
         check_same_run(config, flags, typed)
-        flags = recorded_flags(config) | {name: flags[name] for name in typed & FREE_FLAGS}
-    else:
-        folder.refuse_existing(flags["overwrite"])
+        flags = recorded_flags(config, folder.path) | {name: flags[name] for name in typed & FREE_FLAGS}
     # dropout differs between processes; all other random numbers come from generators that are alike
     torch.manual_seed(flags["seed"] + parallel.rank())
     device = building.choose_device(flags["use_gpu"])
@@ -408,6 +406,8 @@ def train_run(flags, typed, defaults):
     try:
         with spare_memory(advice):
             recorder = Recorder(folder, parts, state)
+            if config:
+                folder.cut_back(state["log_position"] if state else 0)
             with recorder:
                 train(parts, recorder)
             with SignalGuard(immediate=True):
@@ -434,23 +434,20 @@ def load_run(path, device, changes=None):
     """Load a saved run; the flags in `changes` replace those that it was trained with."""
     folder = RunFolder(path)
     config = folder.config()
-    flags = recorded_flags(config) | (changes or {})
+    flags = recorded_flags(config, folder.path) | (changes or {})
+    folder.check_tokenizer(config)
     tokenizer = BertTokenizer.from_pretrained(folder.path)
-    try:
-        sizes = BertConfig(**config["bert"])
-    except (KeyError, TypeError, InputError) as error:
-        raise InputError(f"{folder.path / 'config.json'}: bert: {error}: the run directory is damaged") from None
-    model = make_model(flags, building.build_table(flags), BertModel(sizes, attention=flags["attention"]))
+    tasks = building.build_table(flags)
+    with torch.device("meta"):  # shapes without numbers, which load_best compares with those in the file
+        model = make_model(flags, tasks, BertModel(BertConfig(**config["bert"]), attention=flags["attention"]))
     folder.load_best(model)
-    exit_record = folder.read_summary().get("exits")
-    infer = ExitInference(exit_record["policies"], exit_record["thresholds"]) if exit_record else AtExit(None)
+    exits = folder.read_exits(tasks if flags["early_exit"] else ())
+    infer = ExitInference(**exits) if exits else AtExit(None)
     return SavedRun(model.to(device).eval(), tokenizer, flags, infer)
 
 
-def evaluate_run(flags, typed):
+def evaluate_run(folder, flags, typed):
     """--option evaluate: score a saved run on its dev data, write its predictions beside those of the training."""
-    if not flags["run_dir"]:
-        raise InputError("--option evaluate: which run? give --run_dir")
     free = EVALUATE_FLAGS | file_flags()
     for name in typed - free - {"option", "run_dir", "early_exit"}:
         raise InputError(f"--{name}: belongs to training; --option evaluate takes it from the run")
@@ -458,17 +455,15 @@ def evaluate_run(flags, typed):
     changes = {name: flags[name] for name in typed & free}
     if levels:
         changes["exit_threshold"] = ["auto"]
-    run = load_run(flags["run_dir"], device, changes)
+    run, config = load_run(folder.path, device, changes), folder.config()
     if typed & {"early_exit", "exit_policy", "exit_threshold"} and not run.flags["early_exit"]:
         raise InputError(f"{flags['run_dir']}: was trained without --early_exit: it cannot leave early")
     data, files, _ = building.read_data(run.flags, run.model.tasks, run.tokenizer)
-    folder = RunFolder(flags["run_dir"])
-    before, exit_record = folder.config()["data"], folder.read_summary().get("exits")
-    if exit_record and folder.config().get("format") != FORMAT and "exit_threshold" not in typed:
+    if config.get("format") != FORMAT and isinstance(run.infer, ExitInference) and "exit_threshold" not in typed:
         # an earlier version chose thresholds another way: keep those that the run has
-        run.flags["exit_threshold"] = [f"{name}={value}" for name, value in exit_record["thresholds"].items()]
+        run.flags["exit_threshold"] = [f"{name}={value}" for name, value in run.infer.thresholds.items()]
     for name, path in files.items():
-        if sha256(path) not in (before.get(name), before.get(path.name)):
+        if sha256(path) not in (config["data"].get(name), config["data"].get(path.name)):
             print(f"note: {path} is not a file of the training run: do not compare its scores with that run's")
     # compiling the layers takes longer than the evaluation; features of a frozen BERT are of no use for one pass
     parts = building.build(
@@ -487,14 +482,17 @@ def main(argv=None):
     """Train or evaluate as the flags say. Returns the exit status."""
     flags, typed, defaults = parse_flags(argv)
     check_flags(flags, typed)
-    use_gpu = flags["use_gpu"]
+    use_gpu, evaluates = flags["use_gpu"], flags["option"] == "evaluate"
+    folder = RunFolder(flags["run_dir"] or name_run(flags, defaults))
     if flags["resume"]:
-        use_gpu = recorded_flags(RunFolder(flags["run_dir"] or name_run(flags, defaults)).config())["use_gpu"]
-    with parallel.processes(use_gpu):
-        if flags["option"] == "evaluate":
-            return evaluate_run(flags, typed)
-        return train_run(flags, typed, defaults)
+        use_gpu = recorded_flags(folder.config(), folder.path)["use_gpu"]
+    elif evaluates:
+        folder.config()
+    else:
+        folder.refuse_existing(flags["overwrite"])
+    with parallel.processes(use_gpu), folder.held():
+        return evaluate_run(folder, flags, typed) if evaluates else train_run(folder, flags, typed)
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, lenient=True)

@@ -28,7 +28,7 @@ from functools import wraps
 import torch
 import torch.distributed as dist
 
-from errors import InputError
+from errors import InputError, stop
 
 # gradients are added up in pieces of this many numbers, so that packing one piece hides the transfer of another
 PIECE = 1 << 23
@@ -94,7 +94,7 @@ def processes(use_gpu):
         with open(os.devnull, "w") as nowhere, redirect_stdout(sys.stdout if rank() == 0 else nowhere):
             yield
     except ProcessLost as lost:
-        sys.exit(f"error: {lost}")
+        stop(lost, status=1)
     # not where something went wrong: it would wait for processes that may be gone
     dist.destroy_process_group()
 

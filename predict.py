@@ -18,11 +18,11 @@ import sys
 import multitask_classifier  # isort: skip
 from building import choose_device, make_autocast
 from datasets import Dataset, read_dataset
-from errors import InputError, Parser, run_script
-from evaluation import describe, predict, readable_table
+from errors import InputError, Parser, run_script, warn
+from evaluation import AtExit, describe, predict, readable_table
 from files import write_whole
 from flags import PRECISIONS
-from methods import positive_int
+from methods import filled, positive_int
 from report import describe_texts, write_page
 from tasks import TASKS
 
@@ -30,9 +30,9 @@ from tasks import TASKS
 def make_parser():
     """The command line."""
     parser = Parser(description=__doc__.splitlines()[0], epilog="Without TEXT and --file, standard input is read.")
-    parser.add_argument("run", help="run directory")
+    parser.add_argument("run", type=filled, help="run directory")
     parser.add_argument("task", choices=tuple(TASKS), help="which of the run's tasks")
-    parser.add_argument("texts", nargs="*", metavar="TEXT", help="the text, or the two texts of a pair")
+    parser.add_argument("texts", nargs="*", type=filled, metavar="TEXT", help="the text, or the two texts of a pair")
     parser.add_argument("--file", metavar="CSV", help="the course's format, tab separated; it needs no label column")
     parser.add_argument("--out", metavar="CSV", help="write texts and predictions to this file, instead of printing")
     parser.add_argument(
@@ -91,10 +91,6 @@ def read_texts(args, task, tokenizer, max_length):
         return read_dataset(task, args.file, tokenizer, max_length, labelled=False)
     if args.texts:
         check_count(task, args.texts, "TEXT", "quote a text that has spaces")
-        for text in args.texts:
-            # Python passes bytes that are not UTF-8 in an argument on as lone surrogates
-            if any("\ud800" <= character <= "\udfff" for character in text):
-                raise InputError(f"TEXT {text!r}: is not UTF-8: convert it to UTF-8")
         return collect(task, [args.texts], tokenizer, max_length)
     # a person at a terminal would otherwise wait for a prompt
     if sys.stdin.isatty():
@@ -124,6 +120,8 @@ def main(argv=None):
     tasks, flags = run.model.tasks, run.flags
     if args.task not in tasks:
         raise InputError(f"{args.task}: {args.run} was not trained on it: choose from {', '.join(tasks)}")
+    if flags["early_exit"] and isinstance(run.infer, AtExit):
+        warn(f"{args.run}: no exit thresholds (the run has not written summary.json): every row uses all layers")
     data = read_texts(args, tasks[args.task], run.tokenizer, flags["max_length"])
     if data.truncated:
         print(f"note: {data.truncated} rows are cut to {data.max_length} tokens", file=sys.stderr)

@@ -10,6 +10,7 @@
 A killed run continues from last.pt. The log is cut back to that position, and the rest of it is written again.
 """
 
+import fcntl
 import hashlib
 import json
 import os
@@ -21,7 +22,8 @@ import subprocess
 import sys
 import time
 import uuid
-from dataclasses import asdict, dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -31,10 +33,12 @@ import torch
 from tqdm import tqdm
 
 import parallel
-from base_bert import dropout_state
-from errors import InputError
-from files import write_whole
+from base_bert import TOKENIZER_FILES, BertConfig, dropout_state
+from errors import InputError, UnreadableError, warn
+from files import opened, read_json, write_whole
 from parallel import on_first, world_size
+from tasks import TASKS
+from weights import load_safetensors, load_torch
 
 # the version of config.json and its flags
 FORMAT = 2
@@ -43,27 +47,37 @@ NEUTRAL_FLAGS = {"run_dir", "resume", "overwrite", "eval_batch_size", "outputs"}
 FREE_FLAGS = NEUTRAL_FLAGS | {"data_dir", "weights"}
 # where a new run's first files wait until all of them are written
 STAGING = ".minbert-new-run"
+# names the process that uses a run, which holds a lock on this file
+LOCK = ".lock"
+# Every file that a run writes, in its directory and, when it is evaluated, in evaluate/: --overwrite removes these
+# and no other file.
+FILES = (
+    *("config.json", *TOKENIZER_FILES, "log.jsonl", "nan-batch.json", "last.pt"),
+    *("best.safetensors", "summary.json", "report.html", "sweep.csv", "sweep.png"),
+    # earlier versions drew pictures
+    *("exits.png", "layer-scores.png"),
+    *(f"confusion-{name}.png" for name in TASKS),
+    *(f"predictions/{name}-{split}-output.csv" for name in TASKS for split in ("dev", "test")),
+    *(f"predictions/{name}-{split}-readable.csv" for name in TASKS for split in ("dev", "test")),
+)
+FILES += tuple(f"evaluate/{name}" for name in FILES)
+FOLDERS = ("predictions", "evaluate/predictions", "evaluate")
 
 
 def sha256(path):
     """Hash of a file's content."""
-    with open(path, "rb") as file:
+    with opened(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def git_commit():
     """The commit of the code, with + where files differ from it; empty outside a repository."""
-    here = Path(__file__).parent
+    command = ["git", "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
     try:
-        commit = subprocess.run(
-            ["git", "rev-parse", "--short=12", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10
-        ).stdout.strip()
-        changed = subprocess.run(
-            ["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True, timeout=10
-        ).stdout.strip()
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return ""
-    return commit + "+" * bool(changed)
+    return done.stdout.strip()
 
 
 def name_run(flags, defaults):
@@ -105,36 +119,122 @@ def memory_mib(device, peak=True):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # macOS counts bytes
 
 
+@contextmanager
+def damaged(path):
+    """Turn whatever is wrong with the content of a run's file into one line: the check of all commands that read a run.
+
+    Raises: InputError.
+    """
+    try:
+        yield
+    except UnreadableError:
+        raise
+    except (InputError, LookupError, TypeError, ValueError, AttributeError) as error:
+        problem = f"{error} is missing" if isinstance(error, KeyError) else str(error).removeprefix(f"{path}: ")
+        raise InputError(f"run directory is damaged: {path}: {problem}: copy it again, or start a new run") from error
+
+
+def require(values, kinds):
+    """Check the types of what a file has: {name: value} and {name: type}, or such a table for an object in it.
+
+    Raises: ValueError.
+    """
+    for name, kind in kinds.items():
+        value, inner = values.get(name), kind if isinstance(kind, dict) else {}
+        if not isinstance(value, dict if inner else kind):
+            raise ValueError(f"{name} is {value!r:.40}, not {'an object' if inner else f'of type {kind.__name__}'}")
+        require(value, inner)
+
+
+def check_tensors(expected, saved):
+    """Compare saved tensors with those of a model, {name: tensor} both.
+
+    Raises: ValueError naming the first that differs.
+    """
+    for name in sorted(expected.keys() | saved.keys()):
+        if name not in saved or name not in expected:
+            where = "is missing" if name in expected else "does not belong to this model"
+            raise ValueError(f"tensor {name} {where}: saved with other flags than in config.json")
+        kinds = [f"{tensor.dtype} {list(tensor.shape)}" for tensor in (saved[name], expected[name])]
+        if kinds[0] != kinds[1]:
+            raise ValueError(f"tensor {name} is {kinds[0]}, not {kinds[1]}: saved with other flags than in config.json")
+
+
 class RunFolder:
     """A run directory, new or resumed."""
 
     def __init__(self, path):
         self.path = Path(path)
         self.log_path = self.path / "log.jsonl"
+        self.id = None  # of the run that this process trains; config.json has it too
+
+    # --- who may use it -------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def held(self):
+        """Hold the run directory while this process trains or evaluates; of several processes the first one holds it.
+
+        The operating system drops the lock when the process ends, however it ends. A new run that fails before its
+        first file leaves no directory.
+        Raises: InputError where another process holds it.
+        """
+        if parallel.rank():
+            yield
+            return
+        path, lock = self.path / LOCK, None
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = os.open(path, os.O_RDWR | os.O_CREAT)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # the process that held it removes the file at its end, perhaps since it was opened here
+            if not os.path.samestat(os.fstat(lock), os.stat(path)):
+                raise BlockingIOError
+        except (BlockingIOError, FileNotFoundError):
+            holder = os.read(lock, 99).decode() if lock else ""
+            raise InputError(f"{self.path}: {holder or 'another process'} uses this run: wait until it ends") from None
+        except OSError as error:
+            if lock is None:
+                raise InputError(f"{self.path}: cannot be written ({error.strerror}): choose another folder") from None
+            warn(f"{self.path}: no locks here ({error.strerror}): do not start another process on this run")
+        try:
+            with suppress(OSError):  # a full disk
+                os.truncate(lock, 0)
+                os.write(lock, f"process {os.getpid()} on {platform.node()}".encode())
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+            os.close(lock)
+            with suppress(OSError):
+                self.path.rmdir()
+
+    def check_owner(self):
+        """Fail where another run has taken this one's place, for example after a user has removed the directory."""
+        if (self.config().get("id") if self.exists() else None) != self.id:
+            raise InputError(f"{self.path}: this run was removed or replaced while it was running: stopped")
+
+    # --- its start ------------------------------------------------------------------------------------------------
 
     def exists(self):
         """Whether a run has been started here (a weights folder has a config.json too, without flags)."""
         try:
-            return "flags" in json.loads((self.path / "config.json").read_text())
-        except (OSError, ValueError, TypeError):
+            return "flags" in read_json(self.path / "config.json")
+        except InputError:
             return False
 
     def half_made(self):
-        """Whether what is here is only what a killed `create` left behind."""
+        """Whether nothing is here, or only what a killed `create` left behind."""
         if (self.path / "config.json").exists():
             return False
         # all of the new files are there before anything of an old run goes
-        return (self.path / STAGING / "config.json").exists() or list(self.path.iterdir()) == [self.path / STAGING]
+        names = {path.name for path in self.path.iterdir()}
+        return (self.path / STAGING / "config.json").exists() or names <= {LOCK, STAGING}
 
     def refuse_existing(self, overwrite):
         """Fail where something is here already that must not be replaced."""
-        if not self.path.exists() or (self.path.is_dir() and (not any(self.path.iterdir()) or self.half_made())):
+        if not self.path.exists() or (self.path.is_dir() and self.half_made()):
             return
         if not overwrite:
-            raise InputError(
-                f"{self.path}: exists already: continue it with --resume, replace it with --overwrite, "
-                "or choose another --run_dir"
-            )
+            raise InputError(f"{self.path}: exists: --resume continues it, --overwrite replaces it; or choose another")
         if not self.exists():
             raise InputError(f"{self.path}: is not a run directory, so --overwrite leaves it alone")
 
@@ -146,50 +246,54 @@ class RunFolder:
         config.json comes last. A kill in between leaves a half-made run, which the next start replaces.
         """
         self.refuse_existing(overwrite)
-        staging = self.path / STAGING
+        self.id, staging = uuid.uuid4().hex, self.path / STAGING
         shutil.rmtree(staging, ignore_errors=True)
-        files = [weights / name for name in ("tokenizer_config.json", "vocab.txt")]
+        files = [weights / name for name in TOKENIZER_FILES]
         content = {path.name: path.read_bytes() for path in files if path.is_file()}
-        content["config.json"] = json.dumps({"id": uuid.uuid4().hex, "format": FORMAT, **config}, indent=1)
+        content["config.json"] = json.dumps({"id": self.id, "format": FORMAT, **config}, indent=1)
         try:
             for name, data in content.items():
                 write_whole(staging / name, data)
         except InputError:
             shutil.rmtree(staging, ignore_errors=True)
             raise
-        (self.path / "config.json").unlink(missing_ok=True)
-        for path in self.path.iterdir():
-            if path != staging:
-                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        for path in [*(self.path / name for name in FILES), *self.half_written()]:
+            path.unlink(missing_ok=True)
+        for name in FOLDERS:
+            with suppress(OSError):  # not empty: a user's files stay
+                (self.path / name).rmdir()
         for name in content:
             os.replace(staging / name, self.path / name)
         staging.rmdir()
 
-    def identity(self):
-        """What tells this run from others; None before it is created."""
-        return self.config().get("id") if self.exists() else None
-
     def config(self):
-        """What config.json says."""
-        path = self.path / "config.json"
-        try:
-            config = json.loads(path.read_text())
-        except OSError:
-            raise InputError(f"{self.path}: no run here (no config.json to read): check the path") from None
-        except ValueError as error:
-            raise InputError(f"{path}: not JSON ({error}): the run directory is damaged") from None
-        if not isinstance(config, dict) or not isinstance(config.get("flags"), dict):
-            raise InputError(f"{path}: not the config of a run: check the path")
+        """What config.json says.
+
+        Raises: InputError where it is missing or damaged.
+        """
+        path, weights = self.path / "config.json", {"folder": str, "sha256": dict}
+        with damaged(path):
+            config = {"format": 1} | read_json(path)
+            require(config, {"flags": dict, "weights": weights, "data": dict, "bert": dict, "format": int})
+            BertConfig(**config["bert"])
         return config
+
+    # --- what it writes and reads again ---------------------------------------------------------------------------
 
     @on_first
     def log(self, **record):
         """Append a line to log.jsonl."""
+        self.check_owner()
         try:
             with open(self.log_path, "a") as file:
                 file.write(json.dumps(record) + "\n")
         except OSError as error:
             raise InputError(f"{self.log_path}: cannot be written ({error.strerror}): free some space") from None
+
+    def half_written(self):
+        """The files that a killed process was writing."""
+        paths = [self.path / name for name in FILES]
+        return [part for path in paths for part in path.parent.glob(f".{path.name}.*.part")]
 
     def log_position(self):
         """Length of the log so far, in bytes."""
@@ -202,41 +306,37 @@ class RunFolder:
     @on_first
     def save_last(self, state):
         """Save everything that resuming needs."""
-        state = state | {"log_position": self.log_position(), "id": self.identity()}
+        self.check_owner()
+        state = state | {"log_position": self.log_position(), "id": self.id}
         write_whole(self.path / "last.pt", lambda file: torch.save(state, file))
 
     @on_first
     def cut_back(self, log_position):
         """Cut the log back to a saved moment and remove half-written files."""
-        try:
-            for part in self.path.rglob(".*.part"):
-                part.unlink()
-            if self.log_path.exists():
-                os.truncate(self.log_path, min(self.log_position(), log_position))
-        except OSError as error:
-            raise InputError(f"{self.path}: cannot be written ({error.strerror}): check its permissions") from None
+        for part in self.half_written():
+            part.unlink()
+        if self.log_path.exists():
+            os.truncate(self.log_path, min(self.log_position(), log_position))
 
     def load_last(self):
-        """What save_last saved, or None; cuts the log back to that moment and removes half-written files.
+        """What save_last saved, or None where the run was stopped before that.
 
         Raises: InputError where there is nothing to continue, or the file is damaged.
         """
-        path = self.path / "last.pt"
-        state = None
+        path, self.id = self.path / "last.pt", self.config().get("id")
         if self.complete():
             raise InputError(f"{self.path}: this run is complete: --overwrite replaces it, or choose another --run_dir")
-        if path.exists():
-            try:
-                state = torch.load(path, map_location="cpu", weights_only=True)
-            except Exception as error:  # a cut-off or foreign file raises one of many kinds
-                reason = str(error).split("\n")[0][:100]
-                raise InputError(f"{path}: cannot be loaded ({reason}): start again with --overwrite") from None
-            if not isinstance(state, dict) or "progress" not in state or state.get("id") != self.identity():
-                raise InputError(
-                    f"{path}: saved by another run than config.json beside it: put the right one back, or start again "
-                    "with --overwrite"
-                )
-        self.cut_back(state["log_position"] if state else 0)
+        if not path.exists():
+            return None
+        with damaged(path):
+            state = load_torch(path)
+            if not isinstance(state, dict) or state.get("id") != self.id:
+                raise ValueError("it is not a state of this run, but of another run or program")
+            history = {entry.name: entry.type for entry in fields(History)}
+            tables = dict.fromkeys(("model", "optimizer", "terms", "gradients", "scaler"), dict)
+            require(state, tables | {"progress": history, "log_position": int, "rng": torch.Tensor})
+            if min(lowest := (state["log_position"], state["progress"]["step"])) < 0:
+                raise ValueError(f"log_position and step are {lowest}")
         return state
 
     @on_first
@@ -247,41 +347,58 @@ class RunFolder:
     @on_first
     def save_best(self, model):
         """Save the model's weights as the best so far."""
+        self.check_owner()
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
         content = safetensors.torch.save(tensors, {"format": "pt"})
         write_whole(self.path / "best.safetensors", content)
 
     def load_best(self, model):
-        """Fill the model with the best weights.
+        """Fill the model with the best weights; a model on the meta device gets its tensors.
 
         Raises: InputError where the file is missing, cut off, or of another model.
         """
         path = self.path / "best.safetensors"
-        try:
-            tensors = safetensors.torch.load_file(path)
-        except FileNotFoundError:
-            raise InputError(f"{path}: missing: the run has not finished its first phase") from None
-        except Exception as error:  # safetensors raises its own kinds for a cut-off header or body
-            raise InputError(f"{path}: cannot be loaded ({error}): copy the run again") from None
-        expected = model.state_dict()
-        for name in expected.keys() ^ tensors.keys():
-            side = "is missing" if name in expected else "does not belong to this model"
-            raise InputError(f"{path}: tensor {name} {side}: saved with other flags than config.json says")
-        for name, tensor in tensors.items():
-            if tensor.shape != expected[name].shape:
-                raise InputError(
-                    f"{path}: tensor {name} has shape {list(tensor.shape)}, not {list(expected[name].shape)}: "
-                    "it was saved with other flags than config.json says"
-                )
-        model.load_state_dict(tensors)
+        if not os.path.lexists(path):
+            raise InputError(f"{path}: missing: the run has not finished its first phase")
+        with damaged(path):
+            # copies, whose place in memory does not depend on the file
+            tensors = {name: tensor.clone() for name, tensor in load_safetensors(path).items()}
+            check_tensors(model.state_dict(), tensors)
+            model.load_state_dict(tensors, assign=next(model.parameters()).is_meta)
 
     def read_summary(self):
         """What summary.json says; nothing for a run that has not finished."""
         path = self.path / "summary.json"
-        try:
-            return json.loads(path.read_text()) if path.is_file() else {}
-        except ValueError as error:
-            raise InputError(f"{path}: not JSON ({error}): copy the run again") from None
+        with damaged(path):
+            return read_json(path) if os.path.lexists(path) else {}
+
+    def read_exits(self, tasks):
+        """How the rows of each task leave: {"policies": {task: policy}, "thresholds": {task: threshold}}.
+
+        None for no tasks, and for a run that has not finished. Raises: InputError.
+        """
+        summary = self.read_summary()
+        if not (summary and tasks):
+            return None
+        with damaged(self.path / "summary.json"):
+            kinds = {"policies": dict.fromkeys(tasks, str), "thresholds": dict.fromkeys(tasks, float)}
+            require(summary, {"exits": kinds})
+            exits = {name: summary["exits"][name] for name in kinds}
+            for name in tasks:
+                policy, threshold = (values[name] for values in exits.values())
+                if policy not in ("confidence", "lte") or not 0 <= threshold < float("inf"):
+                    raise ValueError(f"{name} leaves by {policy} at {threshold}")
+        return exits
+
+    def check_tokenizer(self, config):
+        """Compare the tokenizer's files with those that the run was trained with.
+
+        Raises: InputError.
+        """
+        for path in [self.path / name for name in TOKENIZER_FILES]:
+            with damaged(path):
+                if (sha256(path) if os.path.lexists(path) else None) != config["weights"]["sha256"].get(path.name):
+                    raise ValueError("not the file that the run was trained with (its sha256 differs)")
 
     def summary(self, content):
         """Write summary.json."""
@@ -294,43 +411,31 @@ def check_same_run(config, flags, typed):
     Raises: InputError.
     """
     if config.get("format") != FORMAT:
-        raise InputError(
-            f"--resume: this run was started by an earlier version: resume it with that version "
-            f"(git checkout {str(config.get('commit', '')).rstrip('+') or 'of its time'}), or start another run"
-        )
+        version = str(config.get("commit", "")).rstrip("+") or "of its time"
+        raise InputError(f"--resume: an earlier version started this run: resume it with that (git checkout {version})")
     processes = config.get("processes", 1)
     if processes != world_size():
-        raise InputError(
-            f"torchrun: this run was started with {processes} processes, not {world_size()}: resume with as many"
-        )
-    for name in config["flags"].keys() - flags.keys():
-        raise InputError(f"--resume: this run was started with --{name}, which the program does not have now")
+        raise InputError(f"this run was started with {processes} processes, not {world_size()}: resume with as many")
     for name in typed - FREE_FLAGS:
         # auto was replaced by what it chose
-        if flags[name] not in (config["flags"].get(name), "auto"):
-            raise InputError(
-                f"--{name} {flags[name]}: this run was started with {config['flags'].get(name)}: "
-                "resume with the same flags, or start another run"
-            )
+        before = config["flags"].get(name)
+        if flags[name] not in (before, "auto"):
+            before = "the default" if before is None else before
+            raise InputError(f"--{name} {flags[name]}: this run has {before}: resume with that, or start another run")
 
 
 def check_same_files(before, now, paths):
     """Fail where a resumed run reads other files than it was started with: {name: sha256} twice, {name: path}."""
     for name in before | now:
-        if name not in now:
-            found = "this run was started with it, and it is gone"
-        elif name not in before:
-            found = "this run was started without it"
-        else:
-            found = "not the file this run was started with (its sha256 differs)"
         if before.get(name) != now.get(name):
-            raise InputError(f"{paths.get(name, name)}: {found}: cannot resume")
+            found = "is gone" if name not in now else "is new" if name not in before else "has another sha256"
+            raise InputError(f"{paths.get(name, name)}: this file {found}, so the run cannot be resumed")
 
 
 def hash_weights(folder):
     """sha256 of every file that decides what the weights in a folder compute, by name."""
-    files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
-    files += [folder / name for name in ("config.json", "vocab.txt", "tokenizer_config.json")]
+    files = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
+    files = [*sorted(files), *(folder / name for name in ("config.json", *TOKENIZER_FILES))]
     return {path.name: sha256(path) for path in files if path.is_file()}
 
 
@@ -403,14 +508,16 @@ class Recorder:
 
     def __init__(self, folder, parts, state=None):
         self.folder, self.parts, self.state = folder, parts, state
-        self.history = History(**state["progress"]) if state else History()
+        self.history = History()
         self.signals, self.best_evaluation = SignalGuard(), None
         # of the current phase: `pending` holds the results of the steps since the last line of the log
         self.phase, self.optimizer, self.bar, self.pending = None, None, None, []
         # when the phase went on, and when the recorder last logged, saved and printed
         self.started = self.logged_at = self.saved_at = self.printed_at = 0.0
         if state:
-            restore(parts, state)
+            with damaged(folder.path / "last.pt"):
+                self.history = History(**state["progress"])
+                restore(parts, state)
 
     def __enter__(self):
         self.signals.__enter__()
@@ -426,7 +533,11 @@ class Recorder:
         """Yield (number of finished steps, step) for the remaining steps of a phase, behind a progress bar."""
         self.phase, self.optimizer, self.pending, history = phase, optimizer, [], self.history
         if self.state and trained == history.trained:
-            optimizer.load_state_dict(self.state["optimizer"])
+            with damaged(self.folder.path / "last.pt"):
+                optimizer.load_state_dict(self.state["optimizer"])
+                for parameter, values in optimizer.state.items():
+                    moments = {name: value for name, value in values.items() if torch.is_tensor(value) and value.dim()}
+                    check_tensors(dict.fromkeys(moments, parameter), moments)
         history.trained, self.state = trained, None
         self.started = self.logged_at = self.saved_at = self.printed_at = time.monotonic()
         quiet = not parallel.progress_bars()
@@ -561,15 +672,21 @@ def snapshot(parts, optimizer, history):
 
 
 def restore(parts, state):
-    """Put the saved tensors back. The optimiser's tensors follow when it is built."""
+    """Put the saved tensors back. The optimiser's tensors follow when it is built.
+
+    Raises: one of the errors that `damaged` turns into a line, where something does not fit.
+    """
+    get_state, set_state = dropout_state(parts.precision.device)
+    # a tensor of its own, because torch crashes on a row of another one
+    rng = state["rng"][parallel.rank()].clone()
+    check_tensors({"rng": get_state()}, {"rng": rng})
+    check_tensors(parts.model.state_dict(), state["model"])
     parts.model.load_state_dict(state["model"])
-    for key, saved in state["terms"].items():
-        parts.terms[key].load_state_dict(saved)
+    for key in parts.terms.keys() | state["terms"].keys():
+        parts.terms[key].load_state_dict(state["terms"][key])
     parts.gradients.load_state_dict(state["gradients"])
     parts.precision.scaler.load_state_dict(state["scaler"])
-    _, set_state = dropout_state(parts.precision.device)
-    # a tensor of its own, because torch crashes on a row of another one
-    set_state(state["rng"][parallel.rank()].clone())
+    set_state(rng)
 
 
 def check_finite(parts, folder, pending, first_step):

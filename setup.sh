@@ -145,7 +145,8 @@ while [ $# -gt 0 ]; do
     shift
 done
 
-log="$(mktemp "${TMPDIR:-/tmp}/minbert-setup.XXXXXX")"
+log="$(mktemp "${TMPDIR:-/tmp}/minbert-setup.XXXXXX" 2>/dev/null)" ||
+    stop 2 "TMPDIR=${TMPDIR:-/tmp}: no temporary file can be made there; name a folder that can be written"
 trap 'rm -f "$log"' EXIT
 install_packages
 

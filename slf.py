@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from early_exit import EXIT_WEIGHTS, LTELoss
-from methods import Method, belongs, positive
+from methods import Method, belongs, phase_epochs
 from tasks import headless_losses
 
 # --- what a phase trains: functions of the model that list modules --------------------------------------------------
@@ -239,7 +239,7 @@ def check_alternating(flags, typed):
 def add_slf_flags(group):
     """The flags of Sequential Layer Focus."""
     group.add_argument("--slf", action="store_true", help="Sequential Layer Focus: layer by layer, then all layers")
-    group.add_argument("--slf_epochs", type=positive, default=0.25, help="epochs per layer in stage 1 of --slf")
+    group.add_argument("--slf_epochs", type=phase_epochs, default=0.25, help="epochs per layer in stage 1 of --slf")
 
 
 def check_slf(flags, typed):
@@ -290,7 +290,7 @@ GRADUAL_UNFREEZING = Method(
     TITLE,
     lambda group: group.add_argument(
         "--gradual_unfreezing",
-        type=positive,
+        type=phase_epochs,
         nargs="?",
         const=0.25,
         metavar="EPOCHS",

@@ -29,7 +29,7 @@ Source: Devlin et al. 2019, "BERT", section 3; the pieces are those of Wu et al.
 Translation System", section 4.1. The ids equal those of transformers' BertTokenizerFast.
 """
 
-import json
+import io
 import re
 import unicodedata
 from itertools import chain
@@ -38,6 +38,7 @@ import numpy as np
 import torch
 
 from errors import InputError
+from files import opened, read_json
 from weights import named_folder
 
 PAD, UNK, CLS, SEP, MASK = SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -350,12 +351,12 @@ def read_vocabulary(path):
         special token is missing.
     """
     try:
-        with open(path, encoding="utf-8") as file:
-            tokens = [line.rstrip("\n") for line in file]
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); choose a folder with a vocab.txt") from None
+        with opened(path) as file, io.TextIOWrapper(file, encoding="utf-8") as text:
+            tokens = [line.rstrip("\n") for line in text]
     except UnicodeDecodeError:
         raise InputError(f"{path}: is not UTF-8; use the vocab.txt that came with the weights") from None
+    if tokens and tokens[0].startswith("\ufeff"):
+        raise InputError(f"{path}: starts with a byte-order mark; save the file as UTF-8 without it")
     if not tokens:
         raise InputError(f"{path}: is empty; use the vocab.txt that came with the weights")
     vocab = {}
@@ -378,17 +379,10 @@ def read_lower_case_setting(path, vocab):
     Raises: InputError if the file is not a JSON object, or describes a tokenizer other than BERT's usual two.
     Differs: without the file, the reference treats every vocabulary as uncased.
     """
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         # special tokens such as [CLS] have capitals too, but also brackets, so isalpha() excludes them
         return not any(token.isascii() and token.isalpha() and token != lower_case(token) for token in vocab)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); repair or remove it") from None
-    except ValueError as error:
-        raise InputError(f"{path}: is not valid JSON ({error}); repair or remove it") from None
-    if not isinstance(config, dict):
-        raise InputError(f"{path}: must hold a JSON object, not {type(config).__name__}; repair or remove it")
+    config = read_json(path)
     do_lower_case = config.get("do_lower_case", True)
     if not isinstance(do_lower_case, bool):
         raise InputError(f"{path}: do_lower_case is {do_lower_case!r}; set it to true or false")

@@ -11,7 +11,6 @@ problem is an InputError that names the file and what to do. Pickled code in a .
 """
 
 import hashlib
-import json
 import pickle
 from pathlib import Path
 
@@ -20,6 +19,7 @@ import safetensors.torch
 import torch
 
 from errors import InputError
+from files import opened, read_json
 
 WEIGHTS_FOLDER = Path(__file__).resolve().parent / "weights"
 KNOWN_WEIGHTS = {
@@ -40,27 +40,14 @@ KNOWN_POOLING = {
     "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db": ("all-MiniLM-L6-v2", "mean"),
     "68d45e234eb4a928074dfd868cead0219ab85354cc53d20e772753c6bb9169d3": ("bert-base-uncased", "cls"),
 }
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# torch.save starts its older format with this number as a pickle; its newer format is a zip file
+TORCH_PICKLE = b"\x80\x02\x8a\x0a"
 # sentence-transformers' names of a sentence vector, in its new and its old format
 POOLING_MODES = {"mean": ("mean", ["pooling_mode_mean_tokens"]), "cls": ("cls", ["pooling_mode_cls_token"])}
 
 
 # ---- finding ---------------------------------------------------------------------------------------------
-
-
-def read_json(path):
-    """Read a JSON file that contains an object.
-
-    Raises: InputError for any other file.
-    """
-    try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}): check the path") from None
-    except ValueError as error:
-        raise InputError(f"{path}: not valid JSON ({error}): download it again") from None
-    if not isinstance(values, dict):
-        raise InputError(f"{path}: contains {values!r:.40}, not an object: download it again")
-    return values
 
 
 def find_weight_file(folder):
@@ -116,7 +103,7 @@ def pooling_of(folder):
                 return pooling, f"{path} sets {pooling} pooling"
     path = folder / "model.safetensors"
     if path.is_file():
-        with open(path, "rb") as file:
+        with opened(path) as file:
             known = KNOWN_POOLING.get(hashlib.file_digest(file, "sha256").hexdigest())
         if known:
             return known[1], f"{path} is {known[0]}"
@@ -128,22 +115,34 @@ def pooling_of(folder):
 
 def load_safetensors(path):
     """Read every tensor of a .safetensors file."""
-    try:
-        return safetensors.torch.load_file(path)
-    except (safetensors.SafetensorError, OSError) as error:
-        raise InputError(f"{path}: damaged or cut short ({error}): download it again") from None
+    with opened(path):  # refuses what cannot be read; safetensors opens the file itself
+        try:
+            return safetensors.torch.load_file(path)
+        except safetensors.SafetensorError as error:
+            raise InputError(f"{path}: damaged or cut short ({error}): get it again") from None
+
+
+def load_torch(path):
+    """Read what torch.save wrote, without running any code in it.
+
+    Raises: InputError.
+    """
+    with_code = f"{path}: contains pickled code besides tensors, which is not run: use a model.safetensors"
+    with opened(path) as file:
+        start = file.peek()[: len(TORCH_PICKLE)]
+        if start[:1] == TORCH_PICKLE[:1] and start != TORCH_PICKLE:
+            raise InputError(with_code)
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # damaged bytes can make the unpickler fail in any way
+            if isinstance(error, pickle.UnpicklingError) and "unsupported global" in str(error).lower():
+                raise InputError(with_code) from None
+            raise InputError(f"{path}: damaged or cut short: get it again") from None
 
 
 def load_bin(path):
-    """Read every tensor of a PyTorch .bin file without running any code in it."""
-    try:
-        values = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged bytes can make the unpickler fail in any way
-        if isinstance(error, pickle.UnpicklingError) and "unsupported global" in str(error).lower():
-            raise InputError(
-                f"{path}: contains pickled code besides tensors, which is not run: use a model.safetensors"
-            ) from None
-        raise InputError(f"{path}: damaged or cut short: download it again") from None
+    """Read every tensor of a PyTorch .bin file."""
+    values = load_torch(path)
     if not isinstance(values, dict):
         raise InputError(f"{path}: contains a {type(values).__name__}, not named tensors: save a state_dict")
     for name, value in values.items():
@@ -162,13 +161,13 @@ def load_parts(index_path):
     # the index maps each tensor's name to the file that contains it
     weight_map = read_json(index_path).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(part, str) for part in weight_map.values()):
-        raise InputError(f"{index_path}: weight_map is not a map from tensors to files: download it again")
+        raise InputError(f"{index_path}: weight_map is not a map from tensors to files: get it again")
     tensors = {}
     for part in sorted(set(weight_map.values())):
         path = index_path.parent / part
         # a part is a file of the same folder: no path may lead out of it
         if Path(part).name != part or not path.is_file():
-            raise InputError(f"{index_path}: names {part!r}, which is not beside it: download it again")
+            raise InputError(f"{index_path}: names {part!r}, which is not beside it: get it again")
         for name, tensor in load_file(path).items():
             if weight_map.get(name) != part:
                 raise InputError(
@@ -177,7 +176,7 @@ def load_parts(index_path):
             tensors[name] = tensor
     for name, part in weight_map.items():
         if name not in tensors:
-            raise InputError(f"{index_path.parent / part}: tensor {name} is missing: download it again")
+            raise InputError(f"{index_path.parent / part}: tensor {name} is missing: get it again")
     return tensors
 
 
@@ -208,10 +207,11 @@ def read_weights(path):
             continue
         if present_name(name) in weights:
             raise InputError(f"{path}: tensor {name} is there under two names: remove one")
-        if not tensor.is_floating_point():
-            raise InputError(f"{path}: tensor {name} is of type {tensor.dtype}: give floating-point weights")
+        if tensor.dtype not in FLOATS or tensor.layout != torch.strided or tensor.is_meta:
+            kind = "meta, without numbers" if tensor.is_meta else f"{tensor.layout}, {tensor.dtype}"
+            raise InputError(f"{path}: tensor {name} is {kind}: give dense floating-point weights of 16 to 64 bits")
         if not torch.isfinite(tensor).all():
-            raise InputError(f"{path}: tensor {name} contains NaN or infinity: download it again")
+            raise InputError(f"{path}: tensor {name} contains NaN or infinity: get it again")
         weights[present_name(name)] = tensor
     return weights
 
@@ -223,7 +223,8 @@ def check_vocabulary(folder, vocab_size):
     """
     path = folder / "vocab.txt"
     if path.is_file():
-        lines = len(path.read_bytes().splitlines())
+        with opened(path) as file:
+            lines = len(file.read().splitlines())
         if lines != vocab_size:
             raise InputError(
                 f"{path}: has {lines} lines but vocab_size of config.json is {vocab_size}: "

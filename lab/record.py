@@ -65,7 +65,7 @@ def trained_flags(config):
 
     In format 1 --bregman and --lnsr took the weight, with 0 for off, and --bregman_tasks the tasks.
     """
-    flags, recorded = recorded_flags(config), config["flags"]
+    flags, recorded = recorded_flags(config, "."), config["flags"]
     if config.get("format") == FORMAT:
         return flags
     for term in ("bregman", "lnsr"):

@@ -29,7 +29,7 @@ SURVIVED, DID_NOT_RUN = "SURVIVED", "DID NOT RUN"
 # every test file that a mutant can meet, the quick ones first
 TESTS = [
     "tokenizer", "tasks", "samplers", "slf", "gradients", "optimizer", "datasets", "evaluation", "early_exit",
-    "smart", "predict", "adapters", "weights", "bert", "methods", "parallel", "program",
+    "smart", "predict", "adapters", "weights", "bert", "inputs", "methods", "parallel", "program",
 ]  # fmt: skip
 
 
@@ -638,15 +638,15 @@ MUTANTS = [
         (
             "loop-resume-rng",
             "runs.py",
-            'set_state(state["rng"][parallel.rank()].clone())',
-            'state["rng"][parallel.rank()].clone()',
+            "set_state(rng)",
+            "pass",
             "A resumed run draws other dropout masks.",
             "program:killed_run",
         ),
         (
             "loop-resume-terms",
             "runs.py",
-            "parts.terms[key].load_state_dict(saved)",
+            'parts.terms[key].load_state_dict(state["terms"][key])',
             "pass",
             "A resumed run has a new teacher and starts its noise again.",
             "methods:everything",
@@ -1155,10 +1155,34 @@ MUTANTS = [
         (
             "runs-identity",
             "runs.py",
-            ' or state.get("id") != self.identity():',
+            ' or state.get("id") != self.id:',
             ":",
             "A run continues from the saved state of another run.",
             "program:state_of_another",
+        ),
+        (
+            "runs-lock",
+            "runs.py",
+            "fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)",
+            "pass",
+            "Two processes train in one run directory.",
+            "inputs",
+        ),
+        (
+            "runs-overwrite-user-files",
+            "runs.py",
+            "for path in [*(self.path / name for name in FILES), *self.half_written()]:",
+            "for path in [path for path in self.path.iterdir() if path.is_file()]:",
+            "--overwrite removes a user's files.",
+            "inputs",
+        ),
+        (
+            "runs-owner",
+            "runs.py",
+            'if (self.config().get("id") if self.exists() else None) != self.id:',
+            "if False:",
+            "A run goes on writing into the directory of the run that took its place.",
+            "inputs",
         ),
         # --- flags.py ---
         (

@@ -58,6 +58,10 @@ def test_a_data_folder_that_is_not_there(setup):
     assert_one_line(setup("--data", "nowhere"), "nowhere")
 
 
+def test_a_folder_for_temporary_files_that_is_not_there(setup):
+    assert_one_line(setup(TMPDIR="/nonexistent"), "TMPDIR=/nonexistent")
+
+
 @pytest.mark.parametrize("version", ["2.7", "3.9", "3.10", "3.14"])
 def test_a_python_out_of_range(setup, tmp_path, version):
     python = fake_python(tmp_path, version)

@@ -26,7 +26,7 @@ SUBJECT = (
     *("evaluation", "early_exit", "slf", "smart", "adapters", "gradients", "predict"),
 )
 # Ceilings in lines of code without blank lines, comments and docstrings. Raise one only with a line in LOG.md.
-SUBJECT_LINES, RUNNING_LINES, CLASSIFIER_LINES, FILES = 2795, 1850, 400, 26
+SUBJECT_LINES, RUNNING_LINES, CLASSIFIER_LINES, FILES = 2795, 1948, 400, 26
 COMMENTS_PER_100 = 12
 FUNCTION_LINES, PARAMETERS, FIELDS = 60, 7, 12
 # the fields of BertConfig are the names of the hub's config.json
@@ -43,13 +43,13 @@ MAY_IMPORT = {
     "parallel": ("errors",),
     "files": ("errors", "parallel"),
     "weights": ("errors", "files"),
-    "tokenizer": ("errors", "weights"),
+    "tokenizer": ("errors", "files", "weights"),
     "base_bert": ("errors", "files", "weights"),
     "bert": ("errors", "base_bert"),
     "optimizer": ("errors", "methods"),
     "download": ("errors",),
     "tasks": ("errors",),
-    "datasets": ("errors", "tokenizer", "tasks"),
+    "datasets": ("errors", "files", "tokenizer", "tasks"),
     "samplers": (),
     "early_exit": ("errors", "methods", "tasks"),
     "slf": ("early_exit", "methods", "tasks"),
@@ -57,7 +57,7 @@ MAY_IMPORT = {
     "adapters": ("errors", "methods"),
     "gradients": ("methods", "parallel"),
     "evaluation": ("errors", "files", "parallel", "tasks", "datasets", "early_exit"),
-    "runs": ("base_bert", "errors", "files", "parallel"),
+    "runs": ("base_bert", "errors", "files", "parallel", "tasks", "weights"),
     "report": ("bert", "early_exit", "evaluation", "files", "parallel", "runs", "tasks"),
     "flags": (*METHODS, "errors", "methods", "runs", "datasets", "samplers", "tasks"),
     "building": (

@@ -197,7 +197,7 @@ def test_missing_or_binary_vocabulary_is_named(tmp_path):
     ("config", "message"),
     [
         ("{", "is not valid JSON"),
-        ("[]", "must hold a JSON object"),
+        ("[]", "not an object"),
         ('{"do_lower_case": "no"}', "do_lower_case is 'no'"),
         ('{"do_lower_case": true, "strip_accents": false}', "strip_accents differs"),
         ('{"tokenize_chinese_chars": false}', "tokenize_chinese_chars is false"),

@@ -141,7 +141,7 @@ def test_config_refuses_heads_that_do_not_divide(folder):
 @pytest.mark.parametrize("text", ["", "{", "[1]", '"bert"'])
 def test_config_refuses_what_is_no_json_object(folder, text):
     (folder / "config.json").write_text(text)
-    assert_folder_refused(folder, str(folder / "config.json"), "download it again")
+    assert_folder_refused(folder, str(folder / "config.json"), "get it again")
 
 
 def test_config_ignores_other_keys_and_survives_a_round_trip(folder):
@@ -276,13 +276,13 @@ def test_refuses_integers(folder):
 def test_refuses_a_safetensors_file_cut_short(folder, keep):
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:keep])
-    assert_folder_refused(folder, str(path), "download it again")
+    assert_folder_refused(folder, str(path), "get it again")
 
 
 def test_refuses_a_pointer_in_place_of_the_file(folder):
     path = folder / "model.safetensors"
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 440449768\n")
-    assert_folder_refused(folder, str(path), "download it again")
+    assert_folder_refused(folder, str(path), "get it again")
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "old"])
@@ -291,7 +291,7 @@ def test_refuses_a_bin_file_cut_short(folder, zipped, keep):
     path = use_bin(folder, None)
     torch.save(hub_tensors(), path, _use_new_zipfile_serialization=zipped)
     path.write_bytes(path.read_bytes()[:keep])
-    assert_folder_refused(folder, str(path), "download it again")
+    assert_folder_refused(folder, str(path), "get it again")
 
 
 class Touch:
@@ -326,7 +326,7 @@ def test_refuses_another_zip_file(folder):
     path = use_bin(folder, None)
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("readme.txt", "no weights")
-    assert_folder_refused(folder, str(path), "download it again")
+    assert_folder_refused(folder, str(path), "get it again")
 
 
 @pytest.mark.parametrize("lines", [29, 31])
@@ -361,7 +361,7 @@ def test_refuses_parts_that_are_incomplete(folder, kind):
     part.unlink()
     assert_folder_refused(folder, index.name, part.name)
     part.write_bytes(content[:-1])
-    assert_folder_refused(folder, str(part), "download it again")
+    assert_folder_refused(folder, str(part), "get it again")
     part.write_bytes(content)
     good = json.loads(index.read_text())
     for change, words in (
@@ -532,7 +532,7 @@ def test_a_pooling_that_is_not_ours_decides_nothing(folder):
 def test_a_damaged_pooling_file_is_refused(folder):
     path = write_pooling(folder)
     path.write_text("{")
-    assert_refused(lambda: pooling_of(folder), str(path), "download it again")
+    assert_refused(lambda: pooling_of(folder), str(path), "get it again")
 
 
 def test_known_weights_are_recognised_by_their_content(folder, monkeypatch):
