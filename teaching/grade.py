@@ -276,16 +276,20 @@ def explain_error(part, text, hint):
     return f"{blank[2]} is not written yet"
 
 
+def inputs_of(name, expected):
+    """Return the inputs of a result, one text each. An input "p for X" belongs to results with X in their name."""
+    keys = [key for key in expected if key.startswith(GIVEN) and key.partition(" for ")[2] in name]
+    return [f"{key}: {show(expected[key])}" for key in keys]
+
+
 def explain_difference(frame, expected):
     """Return the first result that differs, with the inputs of this case; an empty text if none does."""
     for name in (name for name in expected if not name.startswith(GIVEN)):
         if name not in frame and ERROR not in frame:
             return f"{name} is missing"
         if name in frame and not equal(frame[name], expected[name]):
-            given = [f"{key}: {show(value)}" for key, value in expected.items() if key.startswith(GIVEN)]
-            return "\n".join(
-                [*given, f"computed {name}: {show(frame[name])}", f"expected {name}: {show(expected[name])}"]
-            )
+            numbers = [f"computed {name}: {show(frame[name])}", f"expected {name}: {show(expected[name])}"]
+            return "\n".join([*inputs_of(name, expected), *numbers])
     return ""
 
 

@@ -14,6 +14,7 @@ The examples of a page are doctests: `python -m doctest handout/PART.md` compare
 
 import importlib
 import inspect
+import re
 from functools import reduce
 from pathlib import Path
 
@@ -24,6 +25,8 @@ from .parts import PARTS
 from .scores import score_table
 
 PAGES = Path(__file__).parent / "pages"
+# names of methods that are also words of the hints
+ORDINARY = ("forward", "pool", "update", "penalty", "factor", "perturb")
 # the parts of each week, and what else happens in it
 WEEKS = (
     (
@@ -71,8 +74,26 @@ def describe_blanks(part):
     return "\n".join([*lines, "", "```python", functions.rstrip(), "```"])
 
 
+def checked_functions(part, check):
+    """Return the functions of a part that a check's hint names, as a student reads them: "AdamW.update"."""
+    functions = [name.partition(".")[2] for name in part.blanks]
+    last = [function.rpartition(".")[2] for function in functions]
+    # a hint may name a method without its class, if no other function and no ordinary word has this name
+    words = [(f, m) if last.count(m) == 1 and m not in ORDINARY else (f,) for f, m in zip(functions, last, strict=True)]
+    return [f for f, names in zip(functions, words, strict=True) if any(named(name, check.hint) for name in names)]
+
+
+def named(name, text):
+    """Return whether a text has a name, not as a part of a longer one."""
+    return re.search(rf"(?<![\w.]){re.escape(name)}(?!\.?\w)", text) is not None
+
+
 def describe_checks(name, part):
     """Return the section with the commands, the checks with their points, and the expected scores."""
+    rows = [
+        f"| {check.title} | {check.points} | {', '.join(f'`{f}`' for f in checked_functions(part, check))} |"
+        for check in part.checks
+    ]
     lines = [
         "## Is it right?",
         "",
@@ -81,12 +102,13 @@ def describe_checks(name, part):
         f".venv/bin/python -m teaching grade . {name}",
         "```",
         "",
-        "The grader runs these checks. A check earns all of its points or none; where it fails, it prints what your "
-        "function computed, what was expected, and the equation to look at.",
+        "The grader runs these checks. A check earns all of its points or none: all functions in its row must be "
+        "right. Where a check fails, it prints what your function computed, what was expected, and the equation to "
+        "look at.",
         "",
-        "| check | points |",
-        "|---|---|",
-        *(f"| {check.title} | {check.points} |" for check in part.checks),
+        "| check | points | functions |",
+        "|---|---|---|",
+        *rows,
     ]
     scores = score_table(name)
     if scores:

@@ -227,7 +227,8 @@ PARTS = {
                 1,
                 "steps of AdamW",
                 "AdamW.update: p <- p - lr sqrt(1 - beta2^t) / (1 - beta1^t) * m / (sqrt(v) + eps), then the decay "
-                "p <- p - p (lr weight_decay) (Loshchilov and Hutter 2019, algorithm 2)",
+                "p <- p - p (lr weight_decay) (Loshchilov and Hutter 2019, algorithm 2); without correct_bias the step "
+                "is lr m / (sqrt(v) + eps); change p, m and v in place",
             ),
             Check(
                 "rmsprop",
@@ -256,7 +257,8 @@ PARTS = {
                 3,
                 "gradients with a norm above and below the maximum",
                 "clip_gradients: g <- g min(1, max_norm / |g|) with |g| the joint norm of all gradients; return |g| "
-                "before (Pascanu et al. 2013, algorithm 1)",
+                "before; skip a parameter whose grad is None, and do not divide 0 by 0 (Pascanu et al. 2013, "
+                "algorithm 1)",
             ),
         ),
     ),
@@ -401,13 +403,15 @@ PARTS = {
                 2,
                 "the target of learning to exit",
                 "certainty_target: t = 1 where the prediction is right, else 0; for a regression "
-                "t = 1 - tanh(|g - y| / (half the labels' range)); no gradient (BERTer, section 3.3)",
+                "t = 1 - tanh(|g - y| / (half the labels' range)), with g clamped to this range; no gradient (BERTer, "
+                "section 3.3)",
             ),
             Check(
                 "loss",
                 2,
                 "the loss of learning to exit and its gradient",
-                "LTELoss.__call__: sum_i w_i (u_i - t_i)^2, with a gradient through u_i and the states only",
+                "LTELoss.__call__: sum_i w_i (u_i - t_i)^2 for each row, with t_i from certainty_target and a gradient "
+                "through u_i and the states only",
             ),
             Check(
                 "first",
@@ -576,7 +580,7 @@ PARTS = {
                 1,
                 "the projected attention layer",
                 "ProjectedAttention.forward: FFN(x) + V_D g(V_E h), with g = softmax(Q K^T / sqrt(k) + mask) V in "
-                "each head",
+                "each head (split_heads, attend)",
             ),
         ),
     ),

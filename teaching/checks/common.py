@@ -18,7 +18,10 @@ class Draw:
         self.rng, self.size, self.given = np.random.default_rng([seed, zlib.crc32(check.encode()), size]), size, {}
 
     def show(self, **given):
-        """Print these inputs in the report if the check fails for this case."""
+        """Print these inputs in the report if the check fails for this case.
+
+        An input "p for X" is printed only where a result with X in its name differs.
+        """
         # copies: the function may change its arguments in place
         self.given |= {key: value.clone() if isinstance(value, torch.Tensor) else value for key, value in given.items()}
 

@@ -18,7 +18,8 @@ def target(draw):
         if not task.is_regression:
             labels[0] = task.objective.decode(logits.detach())[0][0]  # one right prediction at least
         threshold = 0.5 if draw.size == 0 else draw.uniform(0.2, 0.8)
-        draw.show(**{f"logits of {name}": logits.detach(), f"labels of {name}": labels, "threshold": threshold})
+        draw.show(**{f"logits for {name}": logits.detach(), f"labels for {name}": labels})
+        draw.show(**{f"decision_threshold for {name}": threshold})
         value = certainty_target(task, logits, labels, threshold)
         results |= {f"target of {name}": value, f"target of {name} has a gradient": value.requires_grad}
     return results
@@ -71,7 +72,7 @@ def inference(draw):
         state = model.state(1, states[1], masks, task)
         certainty = every.certainty(model, state, model.head(1, state, task), task)
         threshold = float(certainty.sort().values[len(certainty) // 2])
-        draw.show(**{f"certainty of {task.name}": certainty, "threshold": threshold})
+        draw.show(**{f"certainty for {task.name}": certainty, f"threshold for {task.name}": threshold})
         some = ExitInference(policies, dict.fromkeys(model.tasks, threshold))
         logits, leaves = some.run_exit(model, 1, states[1], masks, task)
         last, all_leave = some.run_exit(model, model.depth, states[model.depth], masks, task)

@@ -18,12 +18,12 @@ def run(optimizer, parameters, gradients):
     return torch.cat(values)
 
 
-def draw_run(draw, steps):
+def draw_run(draw, steps, case):
     """Return parameters, and gradients for some steps."""
     shapes = [(2,)] if draw.size == 0 else [(3, 2), (4,)]
     parameters = [torch.nn.Parameter(draw.normal(*shape)) for shape in shapes]
     gradients = [[draw.normal(*shape) for shape in shapes] for _ in range(steps)]
-    draw.show(p=parameters[0].detach(), g=gradients[0][0])
+    draw.show(**{f"p for {case}": parameters[0].detach(), f"g for {case}": gradients[0][0]})
     return parameters, gradients
 
 
@@ -31,11 +31,12 @@ def adamw(draw):
     """Take steps of AdamW: with and without the correction of the bias, and with weight decay."""
     results = {}
     for correct, decay in ((True, 0.0), (False, 0.0), (True, 0.1)):
-        parameters, gradients = draw_run(draw, 1 + draw.size)
+        case = f"correct_bias={correct} weight_decay={decay}"
+        parameters, gradients = draw_run(draw, 1 + draw.size, case)
         settings = dict(lr=draw.uniform(0.01, 0.2), betas=(draw.uniform(0.5, 0.9), draw.uniform(0.9, 0.99)), eps=0.01)
         optimizer = AdamW(parameters, weight_decay=decay, correct_bias=correct, **settings)
-        draw.show(settings=f"{settings} weight_decay={decay} correct_bias={correct}")
-        results[f"p with correct_bias={correct} weight_decay={decay}"] = run(optimizer, parameters, gradients)
+        draw.show(**{f"settings for {case}": str(settings)})
+        results[f"p with {case}"] = run(optimizer, parameters, gradients)
     return results
 
 
@@ -43,10 +44,11 @@ def rmsprop(draw):
     """Take steps of RMSprop."""
     results = {}
     for decay in (0.0, 0.1):
-        parameters, gradients = draw_run(draw, 1 + draw.size)
+        case = f"weight_decay={decay}"
+        parameters, gradients = draw_run(draw, 1 + draw.size, case)
         settings = dict(lr=draw.uniform(0.01, 0.2), gamma=draw.uniform(0.5, 0.9), eps=0.01, weight_decay=decay)
-        draw.show(settings=str(settings))
-        results[f"p with weight_decay={decay}"] = run(RMSprop(parameters, **settings), parameters, gradients)
+        draw.show(**{f"settings for {case}": str(settings)})
+        results[f"p with {case}"] = run(RMSprop(parameters, **settings), parameters, gradients)
     return results
 
 
@@ -73,9 +75,10 @@ def schedules(draw):
         progress = [0.0, warmup / 2, warmup, (1 + warmup) / 2, 1.0] + [
             draw.uniform(0, 1) for _ in range(10 * draw.size)
         ]
-        draw.show(progress=progress[:5], warmup=warmup)
-        results[f"{schedule.__name__} with warmup"] = lambda s=schedule, xs=progress, w=warmup: [s(x, w) for x in xs]
-        results[f"{schedule.__name__} without"] = lambda s=schedule, xs=progress: [s(x) for x in xs]
+        name = schedule.__name__
+        draw.show(**{f"progress for {name}": progress[:5], f"warmup for {name} with warmup": warmup})
+        results[f"{name} with warmup"] = lambda s=schedule, xs=progress, w=warmup: [s(x, w) for x in xs]
+        results[f"{name} without"] = lambda s=schedule, xs=progress: [s(x) for x in xs]
     return results
 
 
@@ -86,7 +89,8 @@ def clipping(draw):
         parameters = [torch.nn.Parameter(draw.normal(2)) for _ in range(2 + draw.size)]
         for parameter in parameters[1:]:
             parameter.grad = scale * draw.normal(2)
-        draw.show(gradients=torch.cat([parameter.grad for parameter in parameters[1:]]), max_norm=1.0)
+        gradients = torch.cat([parameter.grad for parameter in parameters[1:]])
+        draw.show(**{f"gradients for {name}": gradients, f"max_norm for {name}": 1.0})
         results[f"norm of {name} gradients"] = clip_gradients(parameters, 1.0)
         results[f"{name} gradients"] = torch.cat([parameter.grad for parameter in parameters[1:]])
     refused = call(clip_gradients, [], 0.0)
