@@ -12,7 +12,6 @@ from tiny import make_batch, make_model
 from torch import distributions, nn
 
 import smart
-from base_bert import find_weights
 from bert import BertModel
 from datasets import read_dataset
 from errors import InputError
@@ -21,6 +20,7 @@ from multitask_classifier import MultitaskBERT, Outputs, TaskLoss
 from smart import BREGMAN, LNSR, NOISE_STABILITY, SMART, AdversarialSmart, Bregman, GaussianSmart
 from tasks import build_tasks
 from tokenizer import BertTokenizer
+from weights import find_weights
 
 NAMES = ("sst", "para", "sts")
 ENCODINGS = ("concat", "embed_concat", "siamese")
