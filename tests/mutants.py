@@ -604,8 +604,8 @@ MUTANTS = [
         (
             "loop-best-untrained",
             "runs.py",
-            "is_best = phase.keep and scores.norm > history.best",
-            "is_best = scores.norm > history.best",
+            "is_best = scores.norm, phase.keep and scores.norm > history.best",
+            "is_best = scores.norm, scores.norm > history.best",
             "A model of SLF's first stage may become the best model.",
             "slf methods program",
         ),
@@ -728,8 +728,8 @@ MUTANTS = [
         (
             "evaluation-training-mode",
             "evaluation.py",
-            "model.eval()",
-            "pass",
+            "model.eval()\n    results = []",
+            "results = []",
             "Evaluation keeps dropout on.",
             "evaluation",
         ),
