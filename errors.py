@@ -8,7 +8,7 @@ import time
 from contextlib import contextmanager, suppress
 
 # seconds that a process of torchrun waits before it prints an error; torchrun needs far less to end it
-PATIENCE = 5
+PATIENCE = 30
 # the messages of torch: of GPUs, of a CPU on Linux and macOS, of one on Windows
 NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 

@@ -209,7 +209,7 @@ class RunFolder:
 
     def check_owner(self):
         """Fail where another run has taken this one's place, for example after a user has removed the directory."""
-        if (self.config().get("id") if self.exists() else None) != self.id:
+        if not self.exists() or read_json(self.path / "config.json").get("id") != self.id:
             raise InputError(f"{self.path}: this run was removed or replaced while it was running: stopped")
 
     # --- its start ------------------------------------------------------------------------------------------------
