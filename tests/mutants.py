@@ -1179,7 +1179,7 @@ MUTANTS = [
         (
             "runs-owner",
             "runs.py",
-            'if (self.config().get("id") if self.exists() else None) != self.id:',
+            'if not self.exists() or read_json(self.path / "config.json").get("id") != self.id:',
             "if False:",
             "A run goes on writing into the directory of the run that took its place.",
             "inputs",
