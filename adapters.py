@@ -1,7 +1,7 @@
 """Adapters: small task-specific modules in every layer of a shared BERT.
 
-All tasks share the backbone. What is particular to a task is learned by few parameters inside the layers. Each kind
-leaves the layer unchanged before training:
+All tasks share BERT, the backbone. What is particular to a task is learned by few parameters inside the layers. Each
+kind leaves the layer unchanged before training:
 
     bottleneck   h + W_D GELU(W_E h + b_E) + b_D      W_E [m,d], W_D [d,m], m << d; W_D, b_E, b_D start at 0
         before   ... on the feed-forward sub-layer's output, before the residual and LayerNorm
@@ -139,7 +139,7 @@ class ProjectedAttention(nn.Module):
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [b,s,h,k], then [b,h,s,k]
 
     def attend(self, x, extended_mask):
-        """Let every token gather from the tokens that the mask leaves visible.
+        """Let every token attend to the tokens that the mask leaves visible.
 
         Shapes: x [b,s,m], extended_mask [b,1,1,s]; returns [b,s,m].
         """
@@ -352,7 +352,7 @@ def conflicts(flags, typed):
             f"--adapter {' '.join(chosen)}: only "
             f"{', '.join(kind for kind in KINDS if KINDS[kind].addable)} may be combined with another adapter",
         ),
-        (flags["train_backbone"] and not is_on, "--train_backbone belongs to --adapter: BERT is trained anyway"),
+        (flags["train_backbone"] and not is_on, "--train_backbone belongs to --adapter: without it BERT trains anyway"),
     ]
 
 

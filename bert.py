@@ -1,7 +1,7 @@
 """BERT's encoder, written out: attention, layer, embeddings and pooler.
 
     attention(Q, K, V) = softmax(Q K^T / sqrt(k) + mask) V       in each head; Q, K and V are linear maps of h
-    MH(h)              = W_O [head 1; ...; head h] + b_O         multi-head attention
+    MH(h)              = W_O [head 1; head 2; ...] + b_O         multi-head attention, all heads joined
     FFN(x)             = W_2 GELU(W_1 x + b_1) + b_2             feed-forward network, for each token alone
     layer(h)           = LN(x + FFN(x)),  x = LN(h + MH(h))      LN is LayerNorm; both sums are residuals
 
@@ -10,9 +10,9 @@
 Dropout follows h_0, the attention's softmax, MH and FFN. Sources: Vaswani et al. (2017), section 3; Devlin et al.
 (2019), section 3.
 
-The alphabet of every file: b batch, s tokens, d hidden, h heads, k head size, L layers; n rows of a dataset, w the
-vector that a task's head sees (d, or 2 d to 3 d for siamese pairs), o a head's outputs.
-A lone variable h is a hidden state [b,s,d].
+The letters in the shapes of every file: b rows of a batch, s tokens, d hidden units, h attention heads, k units of an
+attention head, L layers; n rows of a dataset, w the width of the vector that a task's head sees (d, or 2 d or 3 d for
+siamese pairs), o the outputs of a task's head. Outside a shape, h is a hidden state [b,s,d].
 """
 
 import math
@@ -23,7 +23,7 @@ from torch import nn
 from base_bert import ACTIVATIONS, BertPreTrainedModel, Dropout
 from errors import InputError
 
-# Finite in float16 too, so that a row of padding alone gives no NaN, and far enough down that exp gives 0.
+# Finite in float16 too, so that a row of padding alone gives no NaN, and so low that exp gives 0.
 MASKED_SCORE = -1e4
 
 
@@ -88,7 +88,7 @@ class BertSelfAttention(nn.Module):
         return x.transpose(1, 2).flatten(2)  # [b,s,h,k], then [b,s,d]
 
     def forward(self, h, extended_mask, adapt=unchanged):
-        """Let every token gather from the tokens that the mask leaves visible.
+        """Let every token attend to the tokens that the mask leaves visible.
 
         Shapes: h [b,s,d], extended_mask [b,1,1,s]; returns [b,s,d].
         """
@@ -127,7 +127,7 @@ class BertLayer(nn.Module):
 
         Shapes: h [b,s,d], extended_mask [b,1,1,s]; returns [b,s,d].
         """
-        # MH(h): W_O mixes what the heads gathered
+        # MH(h): W_O mixes the outputs of the heads
         attended = self.attention_dropout(self.attention_dense(self.self_attention(h, extended_mask, adapt)))
         # x: the residual adds the input, so the sub-layer learns only a change of it
         middle = self.attention_layer_norm(h + adapt("attention", attended))  # [b,s,d]
@@ -171,7 +171,7 @@ class BertModel(BertPreTrainedModel):
     def embed(self, input_ids, token_type_ids=None):
         """Sum the word, position and segment embeddings, then LayerNorm and dropout.
 
-        Shapes: input_ids and token_type_ids [b,s]; returns [b,s,d].
+        Shapes: input_ids and token_type_ids (the segment ids) [b,s]; returns [b,s,d].
         Raises: InputError for more tokens than there are positions.
         """
         s = input_ids.shape[1]
@@ -197,7 +197,7 @@ class BertModel(BertPreTrainedModel):
         return (1.0 - mask[:, None, None, :].to(dtype)) * MASKED_SCORE
 
     def encode(self, h, mask, task=None, start=0, stop=None):
-        """Run the layers after `start` up to and with `stop`, yielding (i, h) after layer i.
+        """Run layers start + 1 .. stop (by default all), yielding (i, h) after layer i.
 
         A generator, so that the caller can read the states between the layers (early exit). `task` selects the
         adapters; without a task the layers are plain.
@@ -242,5 +242,5 @@ def add_norm(self, input, output, dense_layer, dropout, ln_layer):
     return ln_layer(input + dropout(dense_layer(output)))
 
 
-# methods that no code here calls; they stand outside their classes, which a reader meets first
+# No code here calls these two methods. They stand here so that a reader meets the classes without them.
 BertSelfAttention.attention, BertLayer.add_norm = attention, add_norm

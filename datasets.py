@@ -2,7 +2,8 @@
 
 A file is read once. Every text is tokenized once, and its token ids are a slice of one flat array. So 400,000 pairs
 of questions are a few arrays instead of millions of Python objects. A task's encoding says how a row becomes the input
-of BERT. A segment is one padded sequence with a mask and segment ids:
+of BERT. A segment of a Batch is one padded sequence with its mask and segment ids. (Segment ids are BERT's own: they
+number the two texts of a pair, also inside one sequence.)
 
     encoding      input of BERT                        segment ids        segments
     single        [CLS] A [SEP]                        0                  one
@@ -44,7 +45,7 @@ class Batch:
     """Some rows of one task, padded to the longest of them.
 
     Shapes: each segment is (input_ids, mask, segment_ids), each [b,s]; labels [b] or None; features [b,w] or None.
-    With `features` there are no segments: they are the cached states of a frozen BERT, the input of the head.
+    Features are the cached states of a frozen BERT, the input of the head. A batch with features has no segments.
     `share` is (positions of these rows, n) in the batch of n rows that all processes share.
     """
 
@@ -441,7 +442,7 @@ class SkeletonRows(list):
 
     Source: the course's dataset classes, whose four names stand below.
     Differs: one class, because a row shows by itself whether it is a pair and has a label. The tokenizer is that of
-        the weights which are there, since all of them have the same vocabulary.
+        the weights that setup.sh has fetched; bert-base and MiniLM have the same vocabulary.
     """
 
     def __init__(self, dataset, args, isRegression=False):

@@ -3,7 +3,9 @@
 Many inputs do not need every layer. After layer i, exit i predicts with a pooler and heads of its own (g_i below).
 Training adds up the losses of all exits (BERTer 3.3, after DeeBERT and BERxiT):
 
-    loss = sum_i w_i (L_i + J_i)        L_i = H(y, g_i(h_i; w_i)),  the w_i are chosen by --exit_loss
+    loss = sum_i w_i (L_i + J_i)        L_i = H(y, g_i(h_i)) is the task's loss at exit i, w_i the exit's weight
+
+--exit_loss chooses the w_i. (The paper writes g_i(h_i; w_i): its w_i are the parameters of g_i.)
 
 At inference a row leaves at the first exit whose certainty reaches the threshold of its task. Every row that gets to
 the last exit leaves there. There are two kinds of certainty:
@@ -59,7 +61,7 @@ class Exit(nn.Module):
     The pooler starts as a copy of the pretrained one, the heads start from random numbers. The last layer has no Exit:
     its exit is the model's own pooler and heads. With mean pooling there is no pooler to copy.
     Shapes: pool: [b,s,d] -> [b,d].
-    Source: BERTer 3.3, L_i = H(y, g_i(h_i; w_i)); DeeBERT.
+    Source: BERTer 3.3; DeeBERT.
     """
 
     def __init__(self, bert, make_heads, with_pooler):
@@ -368,7 +370,7 @@ def first_exit(certainty, threshold):
 
 
 def scores_at(task_exits, policy, threshold):
-    """Score what leaving at a threshold would give. Shapes: threshold: a number, or [n] with one per row."""
+    """The ExitScores of leaving at a threshold. Shapes: threshold: a number, or [n] with one per row."""
     layers = first_exit(task_exits.certainty(policy), threshold)
     # the prediction of the exit where each row leaves: [n,1] to [n]
     values = np.take_along_axis(task_exits.values, layers[:, None] - 1, axis=1)[:, 0]
@@ -387,7 +389,7 @@ def layer_scores(task_exits):
 def candidates(task_exits, policy):
     """The thresholds to choose from, lowest first: quantiles of the certainties, and UNREACHABLE.
 
-    Shapes: thresholds, normalised scores, mean layers, each [n].
+    Shapes: thresholds, normalised scores, mean layers: three arrays with one number for each candidate.
     """
     certainty = task_exits.certainty(policy)[:, :-1]  # every row leaves at the last exit, whatever its certainty
     thresholds = (*np.unique(np.quantile(certainty, np.linspace(0, 1, CANDIDATES + 1))), UNREACHABLE)
@@ -400,8 +402,8 @@ def choose_thresholds(all_exits, policies, allowed_loss=ALLOWED_LOSS):
     """Choose the thresholds of all tasks, so that few layers run and the mean score stays almost that of full depth.
 
     Each task picks the threshold that maximises score - price * layers. The highest price is used that keeps the
-    tasks' summed score at (1 - allowed_loss) of full depth's. All tasks pay the same price for a layer, so a task
-    with good early exits saves more layers.
+    tasks' summed score at or above (1 - allowed_loss) of full depth's. All tasks pay the same price for a layer, so a
+    task with good early exits saves more layers.
     `all_exits` is {task: AllExits}. Returns {task: threshold}.
     """
     offers = {name: candidates(task_exits, policies[name]) for name, task_exits in all_exits.items()}
@@ -416,7 +418,7 @@ def choose_thresholds(all_exits, policies, allowed_loss=ALLOWED_LOSS):
 
 
 def assign_folds(n, seed=0):
-    """Draw the fold of each of n rows: numbers from 0 to FOLDS - 1, each for as many rows. Shapes: [n]."""
+    """Draw the fold of each of n rows, a number from 0 to FOLDS - 1; all folds are about equally large. Shapes: [n]."""
     return np.random.default_rng(seed).permutation(np.arange(n) % FOLDS)
 
 

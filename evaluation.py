@@ -76,7 +76,7 @@ class AtExit:
     """Inference in which every row leaves at exit i; None runs all layers. Shapes: outputs [b,o], layers [b]."""
 
     i: int | None = None
-    batches_at_once = 1  # an early-exit policy takes several batches at once (early_exit.ExitInference)
+    batches_at_once = 1  # early_exit.ExitInference takes several batches at once
 
     def __call__(self, model, batch, batch_size):
         i = self.i or model.depth
@@ -103,7 +103,7 @@ def run_in_order(model, data, rows, function, batch_size, precision, show_bar):
 
 
 def run_batches(model, data, rows, *settings):
-    """Do the same with rows of similar length side by side; the results are in the order of `rows` again."""
+    """Call run_in_order on the rows sorted by length; return the results in the order of `rows`."""
     # longest rows first: batches have little padding, and if memory runs out, then at the first batch
     order = np.argsort(-data.lengths()[rows], kind="stable")  # [n]
     back = np.argsort(order)  # the inverse permutation: result back[i] belongs to row i
@@ -113,8 +113,8 @@ def run_batches(model, data, rows, *settings):
 def predict(model, data, rows=None, batch_size=32, infer=AtExit(), precision=nullcontext, show_bar=False):
     """Predict rows of a dataset (by default all), with the model in evaluation mode.
 
-    `infer(model, batch, batch_size)` returns (outputs, executed layers) of a batch of `infer.batches_at_once` times
-    batch_size rows; `precision()` makes the autocast context.
+    `infer(model, batch, batch_size)` returns (outputs, executed layers) of a batch, which has up to batch_size times
+    `infer.batches_at_once` rows; `precision()` makes the autocast context.
     """
     rows, task = np.arange(len(data)) if rows is None else np.asarray(rows), data.task
 
@@ -217,7 +217,7 @@ def evaluate(model, datasets, **options):
 def fit_decision_threshold(scores, labels):
     """The decision threshold with the best accuracy, in the middle between two scores. Shapes: scores, labels [n].
 
-    It is fitted on training rows, for a cosine: with a threshold of cos > 0 a model predicts 1 for every pair.
+    It is fitted on training rows, for a cosine: with a threshold of cos > 0 a model predicts 1 for almost every pair.
     """
     order = np.argsort(scores, kind="stable")
     scores, labels = np.asarray(scores, np.float64)[order], np.asarray(labels)[order]

@@ -113,16 +113,16 @@ def add_course_flags(group):
         "--option",
         choices=("pretrain", "finetune", "evaluate"),
         default="finetune",
-        help="pretrain: BERT frozen (the exits' poolers too, and no dropout in it), heads trained; "
+        help="pretrain: heads trained, BERT and the exits' poolers frozen, BERT without dropout; "
         "finetune: everything; evaluate: score a saved run",
     )
     stands_for = "; ".join(f"{name} stands for {words}" for name, words in PRESETS.items())
     group.add_argument("--preset", action=Preset, choices=tuple(PRESETS), help=stands_for)
     group.add_argument("--use_gpu", action="store_true", help="train on CUDA or Apple's MPS where there is one")
     group.add_argument("--tasks", nargs="+", choices=tuple(TASKS), default=["sst", "para", "sts"], help="what to learn")
-    group.add_argument("--epochs", type=positive_int, default=5, help="passes over each task's part of the data")
+    group.add_argument("--epochs", type=positive_int, default=5, help="number of epochs")
     group.add_argument(
-        "--epoch_size", type=phase_epochs, default=1.0, help="length of one of the --epochs, in passes over the data"
+        "--epoch_size", type=phase_epochs, default=1.0, help="passes over each task's part of the data in one epoch"
     )
     group.add_argument("--batch_size", type=positive_int, default=16, help="examples per batch of a process")
     group.add_argument(
@@ -134,7 +134,7 @@ def add_course_flags(group):
 
 def add_data_flags(group):
     """What is read, and how much of it an epoch takes."""
-    group.add_argument("--data_dir", help="folder of the course's CSV files; default data/, if it has none data/sample")
+    group.add_argument("--data_dir", help="folder of the CSV files; default: data/, or data/sample if data/ has none")
     for name in TASKS:
         for split in SPLITS:
             group.add_argument(f"--{name}_{split}", metavar="CSV", help=argparse.SUPPRESS)
@@ -146,7 +146,7 @@ def add_data_flags(group):
         "--sampler",
         choices=tuple(SAMPLERS),
         default="random",
-        help="next task; the last three differ with --split full",
+        help="which task comes next; proportional, sqrt, annealed are meant for --split full",
     )
     group.add_argument(
         "--max_length", type=positive_int, help="tokens per text or packed pair; default 512, or the weights' positions"

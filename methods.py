@@ -1,8 +1,8 @@
 """What a method is to this program: one record with its flags, what it needs, and how it is built.
 
-A method's file (slf.py, smart.py, adapters.py, ...) ends with its record, and flags.py lists the records. The command
-line, the checks and the construction of terms, plans and adapters loop over that list. METHODS.md adds a method step
-by step.
+A file of methods (slf.py, smart.py, adapters.py, ...) ends with their records, and flags.py lists all records. The
+command line, the checks and the construction of terms, plans and adapters loop over that list. METHODS.md adds a method
+step by step.
 
     loss term   term(model, batch, outputs, exit_weights) -> [b]      added to the task's loss, per example
     plan        a generator of phases (slf.py)                        what is trained, when, on which exits

@@ -17,7 +17,7 @@ loop). Neither the model nor the loop sees a flag. building.py turns the flags i
 import sys
 from dataclasses import asdict, dataclass
 
-# ours, but it imports no package: it prints what to do where the packages are not installed
+# imported before torch, because it needs no package: it prints what to do if one is not installed
 from errors import InputError, run_script, spare_memory, stop_without  # isort: skip
 
 try:
@@ -82,7 +82,7 @@ class MultitaskBERT(nn.Module):
         self.adapters = adapters
         if adapters is not None:
             adapters.attach(bert)
-        self.register_buffer("thresholds", torch.full((len(tasks),), 0.5))
+        self.register_buffer("thresholds", torch.full((len(tasks),), 0.5))  # decision thresholds (not those of exits)
 
     def width(self, task):
         """Size w of the vector that a task's heads see: d, or d for each letter of uv and uvd."""
@@ -152,7 +152,7 @@ class MultitaskBERT(nn.Module):
         `embeds` replaces the embedding lookup (SMART).
         """
         exits, task = exits or (self.depth,), batch.task
-        if batch.features is not None:  # a frozen BERT: the state of the last exit is already known
+        if batch.features is not None:  # a frozen BERT: the state that the last exit sees is cached
             logits = {self.depth: self.head(self.depth, batch.features, task)}
             return Outputs((), {self.depth: batch.features}, logits, None)
         embeds = embeds or self.embed(batch)
@@ -231,8 +231,8 @@ class TaskLoss(LossTerm):
 def set_trainable(model, phase, allowed):
     """Train only the parameters that the phase names and the run allows. Returns {name: parameter}.
 
-    A BERT in which nothing trains (--option pretrain) runs without dropout: an example then has the same features in
-    every epoch, whether they are cached or not.
+    A BERT in which nothing trains runs without dropout (--option pretrain; the second stage of --exit_loss two_stage).
+    So an example has the same features in every epoch, whether they are cached or not.
     """
     # compared by identity, since a parameter has no name of its own
     chosen = {id(parameter) for module in phase.modules(model) for parameter in module.parameters()}
@@ -247,8 +247,8 @@ def phase_steps(parts, phase, position):
     """The steps of a phase that starts after `position` epochs: a pure function of seed and position.
 
     A step is a list of (task, batches, exit weights), one for each task in it. Its batches are arrays of rows: one,
-    or `accumulate` of them. A task goes through the phase's cycle of exit weights by its own batches, so that it
-    meets all of them in any task order.
+    or `accumulate` of them. Step k of a task takes entry k of the phase's cycle of exit weights, and starts the cycle
+    again at its end. So each task uses all entries, in any task order.
     """
     settings, batches = parts.settings, {}
     sizes = {name: len(rows) for name, rows in parts.rows.items()}
@@ -280,7 +280,7 @@ def train_step(parts, optimizer, terms, step, multiplier):
     """
     results, precision = [], parts.precision
     for name, batches, exit_weights in step:
-        # A loss is divided by the task's examples in the whole step, not in the batch. So k accumulated batches equal
+        # A loss is divided by the task's examples in the entire step, not in the batch. So k accumulated batches equal
         # one batch k times as large, and a short last batch counts by its examples.
         examples = sum(len(rows) for rows in batches)
         for rows in batches:
@@ -422,7 +422,7 @@ def train_run(folder, flags, typed):
 
 @dataclass
 class SavedRun:
-    """A finished run, ready for inference: `infer` leaves early where the run was trained to."""
+    """A finished run, ready for inference. `infer` leaves early if the run was trained with --early_exit."""
 
     model: MultitaskBERT
     tokenizer: BertTokenizer

@@ -30,7 +30,8 @@ class Optimizer(torch.optim.Optimizer):
     its defaults of --lr: {what is trained: (for a small BERT, for a larger one)}. Its `check(group)`
     raises InputError for bad settings. Its `update` is the rule for one parameter.
 
-    On a GPU one call of `update` covers all parameters of a group: see Tensors at the end of the file.
+    On a CPU `update` receives tensors, elsewhere lists of tensors with the same methods: see Tensors at the end of the
+    file.
     """
 
     state_names = ()
@@ -51,7 +52,7 @@ class Optimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            rows = {}  # {number of updates: [the tensors of each parameter that has had so many]}
+            by_count = {}  # {number of updates: [the tensors of each parameter with this number]}
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
@@ -61,8 +62,8 @@ class Optimizer(torch.optim.Optimizer):
                     state |= {name: torch.zeros_like(parameter) for name in self.state_names}
                 state["step"] += 1  # a count per parameter: SLF adds layers late, and bias correction starts with them
                 tensors = [parameter, parameter.grad, *(state[name] for name in self.state_names)]
-                rows.setdefault(state["step"], []).append(tensors)
-            for t, of_parameters in rows.items():
+                by_count.setdefault(state["step"], []).append(tensors)
+            for t, of_parameters in by_count.items():
                 for tensors in arrange(of_parameters):
                     self.update(*tensors, t=t, group=group)
         return loss
@@ -115,7 +116,7 @@ class AdamW(Optimizer):
 
 
 class RMSprop(Optimizer):
-    """Step along the gradient divided by the running root mean square of past gradients.
+    """Step against the gradient, divided by the running root mean square of past gradients.
 
     Raises: InputError for settings out of range.
     Source: Hinton, Neural Networks for Machine Learning, lecture 6e; BERTer, section 3.2.
@@ -147,7 +148,7 @@ class RMSprop(Optimizer):
 
 
 class SGD(Optimizer):
-    """Gradient descent.
+    """Stochastic gradient descent: step against the gradient of a batch.
 
     Raises: InputError for settings out of range.
     Differs: weight decay is decoupled as in AdamW here; torch.optim.SGD adds it to the gradient.
@@ -174,7 +175,7 @@ OPTIMIZERS = {"adamw": AdamW, "rmsprop": RMSprop, "sgd": SGD}
 
 
 # --- schedules: (progress, warmup) -> factor of the learning rate -------------------------------------------------
-# Both arguments are fractions of the training, in [0, 1].
+# Both arguments are fractions, from 0 to 1, of the training, or of the phases that share a schedule (slf.py).
 
 
 def constant(progress, warmup=0.0):
@@ -312,8 +313,8 @@ BLOCK = 1 << 19
 def arrange(rows):
     """Arrange the tensors of some parameters for the calls of an update rule, one element for each call.
 
-    On a CPU a call receives a block of one parameter. Elsewhere, where to start a kernel costs more than the kernel
-    itself for a small parameter, one call receives all parameters.
+    On a CPU a call receives a block of one parameter. On other devices one call receives all parameters, because
+    starting a kernel for a small parameter takes longer than the kernel itself.
     """
     if rows[0][0].device.type != "cpu":
         return [[Tensors(column) for column in zip(*rows, strict=True)]]

@@ -36,7 +36,7 @@ def make_parser():
     parser.add_argument("--file", metavar="CSV", help="the course's format, tab separated; it needs no label column")
     parser.add_argument("--out", metavar="CSV", help="write texts and predictions to this file, instead of printing")
     parser.add_argument(
-        "--html", metavar="HTML", help="also write a page: what each exit predicts, what each head reads"
+        "--html", metavar="HTML", help="also write a page: the predictions of all exits, attention maps"
     )
     parser.add_argument("--precision", choices=tuple(PRECISIONS), help="default: the run's")
     parser.add_argument("--eval_batch_size", type=positive_int, help="texts at once; default: the run's")

@@ -1,8 +1,9 @@
 """Which rows an epoch uses, and which task comes next: pure functions of a seed.
 
-Nothing here holds state. What epoch 3 does follows from (seed, 3), so a resumed run needs no saved iterator.
+Nothing here holds state. The rows and the order of a phase follow from the seed and the phase's start, counted in
+epochs. So a resumed run needs no saved iterator.
 
-Data splitting (SMARTer BERT 5.3.2). The largest task drowns the other tasks unless an epoch takes only a part of it:
+Data splitting (SMARTer BERT 5.3.2). The largest task dominates the training unless an epoch takes only a part of it:
     full          every row of every task
     equal         "split1": as many paraphrase rows as SST has, the next ones of a shuffled order in each epoch
     proportional  "split2": the same, and 1/17 of the similarity rows, as in the paper
@@ -15,7 +16,8 @@ Task order. `sequential` trains one task after the other, as BERTer's baseline d
 interleave the same batches. `proportional`, `sqrt` and `annealed` draw the task of each step with probability
 p ~ N^alpha (alpha 1, 1/2, and 1 - .8 (e-1)/(E-1) in epoch e of E; Stickland and Murray 2019). Then a task's batches
 may be used more than once or not at all in an epoch, while the number of steps stays the same. N is the number of
-batches that the split leaves a task: with `equal` these three hardly differ, they are meant for `full`.
+batches that the split leaves a task. With the split `equal` the three orders hardly differ: they are meant for `full`.
+The order `proportional` and the split `proportional` are two things.
 """
 
 import math
@@ -36,7 +38,7 @@ def generator(seed, *key):
 
 
 def endless_rows(name, size, start, count, seed):
-    """Rows start .. start + count of an endless sequence of permutations of 0..size-1, one after another.
+    """Rows start .. start + count - 1 of an endless sequence of permutations of 0..size-1, one after another.
 
     Shapes: int array [count].
     """
@@ -72,7 +74,7 @@ def phase_rows(rows, sizes, start, fraction, seed):
 
 
 # --- task order: {task: number of batches}, progress, generator -> [(task, batch index)] --------------------------
-# `progress` is (e - 1) / (E - 1), 0 where there is one epoch.
+# `progress` is (e - 1) / (E - 1), or 0 if E is 1: it is 1 in the last epoch. (A schedule's progress counts steps.)
 
 
 def sequential(steps, progress, rng):

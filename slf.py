@@ -6,17 +6,17 @@ A plan is a generator. The loop takes a phase, trains it, evaluates the model, a
     while phase: train(phase); phase = plan.send(score)          # StopIteration ends the run
 
 So a plan may choose by the scores that it receives, as Smart Alternating does. After a phase that is not evaluated the
-score is None. A plan sees nothing else: no model, no clock, no chance. A resumed run sends the recorded scores to a
-fresh plan and is back where it stopped.
+score is None. A plan sees nothing else: no model, no clock, no random numbers. A resumed run sends the recorded scores
+to a fresh plan and is back where it stopped.
 
-There are L layers. h_i is the state after layer i, g_i its exit, and L_i = H(y, g_i(h_i; w_i)) the loss of exit i. A
-plan says which L_i count and which parameters move, over time:
+There are L layers. h_i is the state after layer i, g_i its exit, L_i = H(y, g_i(h_i)) the loss of exit i, and w_i the
+weight of that loss. A plan chooses for each phase which L_i count and what trains:
 
-    plain                    sum_i weight_i L_i                  everything, in every epoch
+    plain                    sum_i w_i L_i                       everything, in every epoch
     Sequential Layer Focus   L_1, then L_2, ..., then L_L        layer i and exit i; then a second plan for everything
     gradual unfreezing       L_L                                 the heads, then one more layer a phase, last to first
-    Smart Alternating        A: L_L  or  B: sum_i L_i            everything; the dev score chooses between A and B
-    two-stage                L_L, then sum_{i<L} L_i             everything; then the exits alone
+    Smart Alternating        A: L_L  or  B: sum_i w_i L_i        everything; the dev score chooses between A and B
+    two-stage                L_L, then sum_{i<L} w_i L_i         everything; then the earlier exits alone
 
 Source: BERTer 3.3 and its "Novel Fine-Tuning Strategy"; DeeBERT (two-stage); BERxiT compares such strategies.
 """
@@ -39,7 +39,7 @@ def everything(model):
 
 
 def earlier_exits(model):
-    """The exits before the last layer, and what decides to leave at them."""
+    """The exits before the last one, and the LTE, which decides about leaving at them."""
     return [model.exits, model.lte]
 
 
@@ -56,7 +56,7 @@ class LayerAndExit:
 
 @dataclass(frozen=True)
 class LastLayers:
-    """The last exit (the ordinary heads) and a number of layers below it."""
+    """The last exit (BERT's own pooler and the ordinary heads) and a number of layers below it."""
 
     layers: int
 
@@ -74,7 +74,7 @@ class LastLayers:
 class Phase:
     """A part of the training with one set of trainable parameters and one choice of exits.
 
-    `modules(model)` lists the modules whose parameters move. `exit_weights` is a cycle of {exit layer: weight}, one
+    `modules(model)` lists the modules whose parameters train. `exit_weights` is a cycle of {exit layer: weight}, one
     entry for each batch of a task.
     """
 
@@ -129,7 +129,7 @@ def smart_alternating(epochs, depth, joint, size=1.0):
 
 
 def two_stage(epochs, depth, joint, size=1.0):
-    """Train everything on the last exit, then freeze that and train the other exits for as many epochs.
+    """Train BERT on the last exit alone, then freeze both and train the other exits for as many epochs.
 
     `joint` is {exit layer: weight}; the second stage uses all of it but the last exit. Only the model after the very
     last phase may be kept. In the first stage the other exits are untrained. In the second stage the full-depth model
@@ -177,15 +177,15 @@ def sequential_layer_focus(depth, layer_epochs, second):
 
 
 def gradual_unfreezing(depth, layer_epochs, second):
-    """Train the heads alone, then with the last layer, then with the last two, and so on; then the plan `second`.
+    """Train pooler and heads alone, then with the last layer, then with the last two, and so on; then `second`.
 
     Every phase takes `layer_epochs` epochs and has its own optimiser and schedule. The embeddings train in `second`.
 
     Source: Howard and Ruder (2018), section 3.3.
-    Differs: the paper unfreezes the last layer together with the head; here the head trains alone first, because it
-        is new and the layer is pretrained.
+    Differs: the paper unfreezes the last layer together with the head; here the heads (with BERT's pooler) train first,
+        because they are new and the layer is pretrained.
     """
-    # 0 layers: the heads alone. With all L layers everything may train, so that is left to `second`.
+    # 0 layers: pooler and heads alone. With all L layers everything may train, so that is left to `second`.
     for layers in range(depth):
         label = f"unfreezing, heads and {layers}/{depth} layers"
         yield Phase(label, layer_epochs, ({depth: 1.0},), LastLayers(layers), keep=False, without=(LTELoss,))
@@ -198,13 +198,13 @@ TITLE = "training plans (BERTer 3.3)"
 
 
 def start_plan(flags, depth, has_exits):
-    """The plan that the methods' records replace or wrap."""
+    """The plain plan, which the methods' records may replace or wrap."""
     cycle = EXIT_WEIGHTS[flags["exit_loss"]](depth) if has_exits else ({depth: 1.0},)
     return partial(plain, flags["epochs"], cycle, flags["epoch_size"])
 
 
 def build_two_stage(flags, depth, plan):
-    """Replace the plan where --exit_loss asks for two stages."""
+    """Replace the plan if --exit_loss is two_stage."""
     if flags["exit_loss"] != "two_stage":
         return plan
     return partial(two_stage, flags["epochs"], depth, EXIT_WEIGHTS["joint"](depth)[-1], flags["epoch_size"])
@@ -217,11 +217,11 @@ def check_two_stage(flags, typed):
     for loss in headless_losses(flags):
         # a cosine of mean vectors: an exit without pooler and without head
         nothing = flags["pooling"] != "cls"
-        yield on and nothing, f"{loss} with a mean leaves --exit_loss two_stage no exit to train: add --pooling cls"
+        yield on and nothing, f"{loss} and mean pooling leave --exit_loss two_stage no exit to train: add --pooling cls"
 
 
 def build_alternating(flags, depth, plan):
-    """Replace the plan where --smart_alternating asks for it."""
+    """Replace the plan if --smart_alternating is on."""
     if not flags["smart_alternating"]:
         return plan
     # stage B weighs the exits as --exit_loss says: joint, weighted or distilled
@@ -245,7 +245,7 @@ def add_slf_flags(group):
 def check_slf(flags, typed):
     """Conflicts of Sequential Layer Focus: pairs (applies, sentence)."""
     frozen = flags["slf"] and flags["option"] == "pretrain"
-    yield frozen, "--slf trains BERT layer by layer, --option pretrain freezes it"
+    yield frozen, "--slf trains BERT layer by layer, --option pretrain freezes it: leave one out"
     yield from belongs(typed, ["slf_epochs"], flags["slf"], "--slf")
 
 
@@ -258,13 +258,13 @@ def check_unfreezing(flags, typed):
     yield adapted, "--gradual_unfreezing unfreezes BERT, --adapter freezes it: add --train_backbone"
     for loss in headless_losses(flags):
         # with all layers frozen nothing of the task trains
-        yield on, f"{loss} has no head, and --gradual_unfreezing starts with heads alone"
+        yield on, f"{loss} has no head to train, and --gradual_unfreezing starts with the heads alone"
 
 
 def first_stage(plan, switch, epochs):
     """Make the builder that puts a first stage before the plan so far, if the flag `switch` is on.
 
-    Flag `epochs` is the first stage's length in epochs a layer.
+    The flag `epochs` is the length of the first stage, in epochs per layer.
     """
     return lambda flags, depth, second: (lambda: plan(depth, flags[epochs], second())) if flags[switch] else second
 
@@ -273,7 +273,7 @@ TWO_STAGE = Method(TITLE, conflicts=check_two_stage, plan=build_two_stage)
 SMART_ALTERNATING = Method(
     TITLE,
     lambda group: group.add_argument(
-        "--smart_alternating", action="store_true", help="alternate between last exit and all exits by the dev score"
+        "--smart_alternating", action="store_true", help="train the last exit or all exits, as the dev score decides"
     ),
     check_alternating,
     needs=lambda flags: {"exits"} if flags["smart_alternating"] else set(),

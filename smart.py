@@ -155,7 +155,7 @@ class AdversarialSmart(NoiseTerm):
     the true penalty, or exactly 0. So the radius here is relative and the passes run in float32. The published values
     are about --smart_radius 2e-5.
     A training step costs 8 units instead of 3, if a forward pass costs 1, a full backward pass 2 and a backward pass to
-    the embeddings 1. This counts on float32 training, where the loop's pass is reused as the clean pass.
+    the embeddings 1. This holds for float32 training, where the loop's pass is reused as the clean pass.
     Each step waits for the device once, to check that the perturbation changed something.
 
     Units: radius is a multiple of the RMS of the embeddings of an example's real tokens.
@@ -249,7 +249,7 @@ class Bregman(SmoothnessTerm):
     So the term stays above zero even if both have the same weights. With mu = 1, all-MiniLM-L6-v2 with pretrained
     layers, heads fitted to 800 training rows each and dropout .1 in the layers and .3 before the heads, the mean over
     200 dev rows is .114 for SST, .018 for Quora and .047 for STS.
-    A task that repeats its training data gains by the term; a task that does not may lose (LOG.md).
+    A task gains from the term if it trains on its rows several times; otherwise it may lose (LOG.md).
 
     Source: Jiang et al. (2020), section 3.2, momentum form; layer-level adaptations 3.1.2.
     Differs: each update takes one step on the proximal problem, as in the authors' code. 3.1.2 has no momentum: its
@@ -419,7 +419,7 @@ BREGMAN = Method(
 NOISE_STABILITY = Method(
     "layer-wise noise stability (Hua et al. 2021)",
     add_flags=lambda group: add_task_flags(
-        group, "lnsr", "noise stability", 1.0, "weight; a mean over units and layers, so 1 changes little"
+        group, "lnsr", "noise stability", 1.0, "weight of the penalty, a mean over units and layers: 1 changes little"
     ),
     conflicts=lambda flags, typed: [
         *task_conflicts(flags, typed, "lnsr", "weight"),

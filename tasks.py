@@ -33,7 +33,7 @@ ENCODINGS = ("concat", "embed_concat", "siamese")
 
 @dataclass(frozen=True)
 class Metric:
-    """A score of predictions against labels: `function(values [n], labels [n]) -> float`, `high` if all are right."""
+    """A score of predictions, from `low` to `high` (all are right): `function(values [n], labels [n]) -> float`."""
 
     name: str
     function: Callable
@@ -249,15 +249,15 @@ def decode_softmax(logits, threshold=0.5):
     return probabilities.argmax(-1).to(probabilities.dtype), probabilities
 
 
-def decide(positive, threshold):
+def decide(score, threshold):
     """Turn a score in [0, 1] and a decision threshold into (prediction, [1 - p, p]) with p = 1/2 at the threshold.
 
     The score is stretched linearly on either side of the threshold. Then the more probable class is the predicted
     one, and its probability serves the exits as a confidence.
     """
-    below = 0.5 * positive / threshold
-    above = 0.5 + 0.5 * (positive - threshold) / (1 - threshold)
-    p = positive if threshold == 0.5 else torch.where(positive < threshold, below, above)
+    below = 0.5 * score / threshold
+    above = 0.5 + 0.5 * (score - threshold) / (1 - threshold)
+    p = score if threshold == 0.5 else torch.where(score < threshold, below, above)
     return (p > 0.5).to(p.dtype), torch.stack([1 - p, p], dim=-1)  # [b], [b,2]
 
 
@@ -346,12 +346,12 @@ def cosine_value(high):
 
 
 def as_many_as(other):
-    """Make the number of rows in an epoch: as many as another task has, or the smallest task where that is absent."""
+    """Make an entry of epoch_rows: as many rows as another task has, or as the smallest has if that is absent."""
     return lambda name, sizes: min(sizes[name], sizes.get(other, min(sizes.values())))
 
 
 def one_part_of(parts):
-    """Make the number of rows in an epoch: one of `parts` equal parts."""
+    """Make an entry of epoch_rows: one of `parts` equal parts of the task's rows."""
     return lambda name, sizes: math.ceil(sizes[name] / parts)
 
 
@@ -405,7 +405,7 @@ TASKS = {
 
 
 def check_row(task):
-    """Fail where a row of the table does not fit together, before a run depends on it.
+    """Check that the fields of a row of the table fit together, before a run depends on them.
 
     Raises: InputError that names the task and the field.
     """
@@ -443,7 +443,7 @@ def check_choice(flag, chosen, choices):
 
 
 def headless_losses(flags):
-    """The chosen losses that compare two sentence vectors and so have no head: ["--sts_loss cosine"]."""
+    """The chosen losses that compare two sentence vectors, so no head trains: ["--sts_loss cosine"]."""
     rows = [TASKS[name] for name in flags["tasks"]]
     chosen = [(row, flags.get(f"{row.name}_loss", row.default_loss)) for row in rows]
     return [f"--{row.name}_loss {loss}" for row, loss in chosen if row.objectives[loss].needs_two_vectors]
