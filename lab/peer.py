@@ -282,7 +282,7 @@ def train_epochs(args, folder, model, train, dev):
         if scores["norm"] == max(summary["phase_norms"]):
             summary["best"] = {"phase": label, **scores}
             write_predictions(folder, dev, values)
-    return summary | {key: round(summary[key], 1) for key in ("train_seconds", "eval_seconds")}
+    return summary | {key: round(summary[key], 3) for key in ("train_seconds", "eval_seconds")}
 
 
 def main(argv=None):

@@ -212,7 +212,7 @@ p = torch.softmax(lift(logits), dim=1)
 return torch.max(p, dim=1).indices.to(p.dtype), p
 """,
     "tasks.decide": """
-p = torch.where(positive < threshold, positive / (2 * threshold), (1 + (positive - threshold) / (1 - threshold)) / 2)
+p = torch.where(score < threshold, score / (2 * threshold), (1 + (score - threshold) / (1 - threshold)) / 2)
 return p.gt(0.5).type_as(p), torch.stack((1 - p, p), 1)
 """,
     "multitask_classifier.MultitaskBERT.forward": """
