@@ -798,7 +798,7 @@ def apart(world, forkserver):
         output.unlink(missing_ok=True)
         process = forkserver.Process(target=run_apart, args=(list(map(str, argv)), output, prepare))
         process.start()
-        process.join(60)
+        process.join(300)
         return process.exitcode, output.read_text(errors="replace")
 
     return start
@@ -832,7 +832,7 @@ def test_of_two_starts_at_the_same_moment_one_trains(world, forkserver):
     for start in starts:
         start.start()
     for start in starts:
-        start.join(60)
+        start.join(300)
     assert sorted(start.exitcode for start in starts) == [0, 2]
     loser = outputs[[start.exitcode for start in starts].index(2)].read_text()
     assert loser.count("error: ") == 1 and str(world.path("new")) in loser
