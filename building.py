@@ -138,15 +138,22 @@ def compile_layers(bert, device, backend):
         layer.compile(dynamic=True, backend=backend)
 
 
+def computes_bf16(device):
+    """Whether a device is as fast in bf16 as in float32: an x86 CPU without AVX-512 is about 30 times slower."""
+    return device.type != "cpu" or torch.backends.cpu.get_cpu_capability() != "AVX2"
+
+
 def make_autocast(name, device):
     """The autocast context of a precision, as a function that makes it.
 
-    Raises: InputError where the device lacks it.
+    Raises: InputError where the device lacks it. Warns where it is slow.
     """
     if name == "fp16" and device.type == "cpu":
         raise InputError("--precision fp16: a CPU has no fast half precision: use bf16 or fp32, or --use_gpu")
     if name == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise InputError("--precision bf16: this GPU has no bf16: use fp16 or fp32")
+    if name == "bf16" and not computes_bf16(device):
+        warn("--precision bf16: this CPU has no instructions for it and takes about 30 times as long as with fp32")
     if name == "fp32":
         return nullcontext
     return partial(torch.autocast, device.type, dtype=PRECISIONS[name])

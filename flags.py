@@ -37,6 +37,7 @@ METHODS = [
     gradients.SURGERY,
     adapters.ADAPTERS,
 ]
+PRECISION_HELP = "autocast precision; bf16 needs a GPU, or a CPU with AVX-512 or AMX, to be faster"
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Defaults of --slf for data/sample, whose epochs have 75 steps: with fewer or smaller steps an exit ends stage 1 at the
 # majority class. The learning rate was chosen for AdamW and a small BERT.
@@ -177,7 +178,7 @@ def add_model_flags(group):
     )
     group.add_argument("--attention", choices=("plain", "sdpa"), default="plain", help="written out, or torch's kernel")
     group.add_argument("--compile", action="store_true", help="torch.compile the layers: slow to start")
-    group.add_argument("--precision", choices=tuple(PRECISIONS), default="fp32", help="autocast precision")
+    group.add_argument("--precision", choices=tuple(PRECISIONS), default="fp32", help=PRECISION_HELP)
     for task in TASKS.values():
         if len(task.objectives) > 1:
             names, default = tuple(task.objectives), task.default_loss

@@ -32,7 +32,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from base_bert import BertConfig
-from building import keep_freed_memory
+from building import computes_bf16, keep_freed_memory
 from datasets import SPLITS, find_data_dir
 from errors import InputError, run_script
 from lab.peer import import_transformers, mixed_steps
@@ -364,7 +364,8 @@ def make_parser():
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"one of {', '.join(PARTS)}; none named: all of them")
     parser.add_argument("--data_dir", help="folder of the course's CSV files; default data/, or data/sample")
     parser.add_argument("--weights", default="minilm", help="a name or a folder")
-    parser.add_argument("--precision", nargs="+", choices=PRECISIONS, help="default both; with --quick bf16")
+    text = "default both, or fp32 on a CPU without bf16; with --quick the first of them"
+    parser.add_argument("--precision", nargs="+", choices=PRECISIONS, help=text)
     parser.add_argument("--rounds", type=positive_int, help="turns of every variant; default 3, with --quick 1")
     parser.add_argument(
         "--quick", action="store_true", help="few examples, to see that every part works; not for timing"
@@ -383,10 +384,12 @@ def main(argv=None):
     keep_freed_memory()
     folder, _ = find_data_dir(args.data_dir, [task.file(split) for task in build_tasks().values() for split in SPLITS])
     sizes = QUICK if args.quick else Sizes()
-    precisions = tuple(args.precision or PRECISIONS[: 1 if args.quick else None])
+    device = torch.device("cpu")
+    precisions = [name for name in PRECISIONS if name != "bf16" or computes_bf16(device)]
+    precisions = tuple(args.precision or precisions[: 1 if args.quick else None])
     # absolute paths, because some parts start processes in the repository's folder
     weights, data = find_weights(args.weights).resolve(), Path(folder).resolve()
-    setup = Setup(weights, data, torch.device("cpu"), precisions, replace(sizes, rounds=args.rounds or sizes.rounds))
+    setup = Setup(weights, data, device, precisions, replace(sizes, rounds=args.rounds or sizes.rounds))
     for part in args.parts or PARTS:
         name = f"benchmark-{'gpu' if part == 'gpu' else 'cpu'}{'-quick' if args.quick else ''}"
         write_report(Path(args.results) / name, {part: run_part(part, setup)}, PARTS)

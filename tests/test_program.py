@@ -270,6 +270,18 @@ def test_low_precision_trains_where_the_device_has_it(program, whole):
     assert not program.path("fp16").exists()
 
 
+@pytest.mark.parametrize("capability, slow", [("AVX2", True), ("AVX512", False), ("DEFAULT", False)])
+def test_a_cpu_without_bf16_gets_a_warning(monkeypatch, capsys, capability, slow):
+    """DEFAULT is what torch says on other processors than x86; of those nothing is known."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    cpu = torch.device("cpu")
+    building.make_autocast("fp32", cpu)
+    assert not capsys.readouterr().err
+    building.make_autocast("bf16", cpu)
+    assert ("--precision bf16: this CPU" in capsys.readouterr().err) == slow
+    assert building.computes_bf16(cpu) != slow and building.computes_bf16(torch.device("cuda"))
+
+
 # --- the same run again -------------------------------------------------------------------------------------------
 
 
