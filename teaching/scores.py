@@ -47,18 +47,18 @@ BERT_PARTS = ("attention", "layer", "embeddings")
 RUNS = {
     "sample, frozen": Run("--option pretrain --epochs 10", ("tokenizer", *BERT_PARTS, "losses", "classifier")),
     "sample, fine-tuned": Run("--epochs 3", ("optimizer", "losses", "classifier", "smart", "gradients", "adapters")),
-    "sample, SGD": Run("--epochs 3 --optimizer sgd", ("optimizer",)),
+    "sample, SGD": Run("--epochs 3 --optimizer sgd", ("optimizer",), seeds=3),
     "sample, cosine losses": Run(
-        "--epochs 3 --pairs siamese --para_loss cosine --sts_loss cosine", ("losses", "evaluation")
+        "--epochs 3 --pairs siamese --para_loss cosine --sts_loss cosine", ("losses", "evaluation"), seeds=3
     ),
-    "sample, early exit": Run("--epochs 3 --early_exit", ("early_exit", "slf")),
+    "sample, early exit": Run("--epochs 3 --early_exit", ("early_exit", "slf"), seeds=3),
     "sample, SLF and early exit": Run(
-        "--epochs 3 --early_exit --slf --slf_epochs 2.5 --lr 2.5e-4", ("early_exit", "slf")
+        "--epochs 3 --early_exit --slf --slf_epochs 2.5 --lr 2.5e-4", ("early_exit", "slf"), seeds=3
     ),
-    "sample, SMART on Quora": Run("--epochs 3 --smart para", ("smart",)),
-    "sample, Bregman": Run("--epochs 3 --bregman", ("smart",)),
-    "sample, PCGrad": Run("--epochs 3 --gradients pcgrad", ("gradients",)),
-    "sample, LoRA": Run("--epochs 3 --adapter lora", ("adapters",)),
+    "sample, SMART on Quora": Run("--epochs 3 --smart para", ("smart",), seeds=3),
+    "sample, Bregman": Run("--epochs 3 --bregman", ("smart",), seeds=3),
+    "sample, PCGrad": Run("--epochs 3 --gradients pcgrad", ("gradients",), seeds=3),
+    "sample, LoRA": Run("--epochs 3 --adapter lora", ("adapters",), seeds=3),
     "course, frozen": Run("--option pretrain --epochs 10", BERT_PARTS, data_dir=None),
     "SST alone, frozen": Run("--tasks sst --option pretrain --epochs 10", BERT_PARTS, data_dir=None),
     "SST alone, fine-tuned": Run("--tasks sst --epochs 3", ("classifier",), seeds=3, data_dir=None),
