@@ -213,11 +213,10 @@ def parse_flags(argv=None):
     if flags["preset"]:
         print(f"--preset {flags['preset']}: {PRESETS[flags['preset']]}")
     defaults = vars(parser.parse_args([]))
-    # a second parser without defaults: what it reads was typed
-    bare = make_parser()
-    for action in bare._actions:
+    # without defaults, what the parser reads was typed
+    for action in parser._actions:
         action.default = argparse.SUPPRESS
-    return flags, set(vars(bare.parse_args(argv))), defaults
+    return flags, set(vars(parser.parse_args(argv))), defaults
 
 
 def check_flags(flags, typed):
