@@ -127,12 +127,7 @@ def gather(value):
 
 def from_first(value):
     """Return process 0's value in every process."""
-    if not several():
-        return value
-    box = [value]
-    with exchange():
-        dist.broadcast_object_list(box)
-    return box[0]
+    return gather(value)[0]
 
 
 def check_same(name, value):
@@ -164,12 +159,8 @@ def add_up(values):
 
 def any_process(*flags):
     """For each flag, whether it is set in some process."""
-    if not several():
-        return flags
-    found = torch.tensor(flags, dtype=torch.uint8)
-    with exchange():
-        dist.all_reduce(found, dist.ReduceOp.MAX)
-    return tuple(map(bool, found.tolist()))
+    counts = add_up(torch.tensor(flags, dtype=torch.int32))
+    return [count > 0 for count in counts.tolist()]
 
 
 def every_process(flag):
