@@ -342,29 +342,26 @@ def close_exits(model, datasets, settings, options):
 
     Returns (inference, record for summary.json, the page's `threshold_curves`).
     """
-    tasks = {name: data.task for name, data in datasets.items()}
     all_exits = {name: predict_exits(model, data, **options) for name, data in datasets.items()}
-    record = score_exits(tasks, all_exits, settings)
+    record = score_exits(model.tasks, all_exits, settings)
     print("\n".join(exit_table(all_exits, record)))
     return ExitInference(settings.policies, record["thresholds"]), record, threshold_curves(all_exits, record)
 
 
-def close_run(model, data, folder, options, settings=None, show_bar=False, known=None):
+def close_run(parts, folder, known=None):
     """Score the model on dev, with exits too where there are settings; write predictions into `folder`.
 
-    `data` is {task: {split: Dataset}}; `options` are arguments of `predict`. `known` is the result of `evaluate` for
-    this model, if there is one. A run with exits evaluates again, in order to measure the time.
+    `parts` are building.Parts. `known` is the result of `evaluate` for this model, if there is one. A run with exits
+    evaluates again, in order to measure the time.
     Returns the content of a page, in it `scores` and `exits` (None without settings) as summary.json holds them.
     """
-    folder = Path(folder)
-    dev = {name: splits["dev"] for name, splits in data.items()}
-    tasks = {name: dataset.task for name, dataset in dev.items()}
+    model, dev, settings, options = parts.model, parts.dev(), parts.exit_settings, parts.inference()
     started = time.perf_counter()
     scores, predictions = known if known and not settings else evaluate(model, dev, **options)
     seconds, infer, exit_record, curves = time.perf_counter() - started, AtExit(), None, None
     for warning in scores.warnings:
         print(f"warning: {warning}")
-    print("\n".join(score_table(tasks, scores.tasks)))
+    print("\n".join(score_table(model.tasks, scores.tasks)))
     print(f"raw {scores.raw:.4f}   norm {scores.norm:.4f}")
     if settings:
         infer, exit_record, curves = close_exits(model, dev, settings, options)
@@ -372,12 +369,12 @@ def close_run(model, data, folder, options, settings=None, show_bar=False, known
         left, predictions = evaluate(model, dev, infer=infer, **options)
         exit_record |= {"dev": left.record(), "seconds": {"full": seconds, "exit": time.perf_counter() - started}}
         print(f"seconds for dev: {seconds:.1f} at full depth, {exit_record['seconds']['exit']:.1f} with exits")
-    for name, splits in data.items():
+    for name, splits in parts.data.items():
         for split in ("dev", "test"):
             predicted = predictions[name] if split == "dev" else None
             # rows without a label or with an empty text are predicted, but not scored
             if predicted is None or len(predicted.rows) < len(splits[split]):
-                predicted = predict(model, splits[split], infer=infer, show_bar=show_bar, **options)
+                predicted = predict(model, splits[split], infer=infer, show_bar=progress_bars(), **options)
             write_predictions(folder / "predictions", predicted, split)
     print(f"predictions: {folder / 'predictions'}")
     page = describe_predictions(model, predictions, options["precision"])
@@ -398,10 +395,7 @@ def finish(parts, recorder):
     folder.load_best(parts.model)
     print(f"\nbest model: {history.best_phase} (last phase: norm {history.last_scores['norm']:.4f})")
     started = time.monotonic()
-    bars = progress_bars()
-    page = close_run(
-        parts.model, parts.data, folder.path, parts.inference(), parts.exit_settings, bars, recorder.best_evaluation
-    )
+    page = close_run(parts, folder.path, recorder.best_evaluation)
     exit_record = page["exits"]
     counted = exit_record["dev"] if exit_record else page["scores"]
     folder.summary(
@@ -473,9 +467,9 @@ def sweep(model, datasets, settings, levels, options):
     return rows
 
 
-def close_sweep(model, datasets, folder, settings, levels, options):
+def close_sweep(parts, folder, levels):
     """Sweep the exit threshold of all tasks over `levels`; write the CSV and the picture, and print the table."""
-    rows = sweep(model, datasets, settings, levels, options)
+    rows = sweep(parts.model, parts.dev(), parts.exit_settings, levels, parts.inference())
     write_csv(folder / "sweep.csv", rows)
     plot_sweep(folder / "sweep.png", rows, "Early exit: dev score against layers and time")
     print(f"{'threshold':<12}{'norm':>8}{'layers':>8}{'ex/s':>8}")
