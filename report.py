@@ -415,7 +415,7 @@ def finish(parts, recorder):
     write_page(folder.path / "report.html", describe_run(folder) | page)
     print(f"minutes: training {history.train_seconds / 60:.1f}, evaluation {history.eval_seconds / 60:.1f}")
     print(f"page: {folder.path / 'report.html'}")
-    recorder.remove_last()
+    folder.remove_last()
 
 
 # --- the sweep ----------------------------------------------------------------------------------------------------

@@ -504,7 +504,6 @@ class Recorder:
 
     save_minutes = 10.0  # between saved states within a phase
     steps_per_line = 50  # of log.jsonl
-    keep_last = False  # whether last.pt stays when the run is complete
 
     def __init__(self, folder, parts, state=None):
         self.folder, self.parts, self.state = folder, parts, state
@@ -647,11 +646,6 @@ class Recorder:
         print(f"{phase.label}: dev {metrics}  raw {scores.raw:.4f}  norm {scores.norm:.4f}{best}", flush=True)
         for warning in scores.warnings if phase.keep else ():
             print(f"warning: {warning}", flush=True)
-
-    def remove_last(self):
-        """Drop last.pt: the run is complete."""
-        if not self.keep_last:
-            self.folder.remove_last()
 
 
 def snapshot(parts, optimizer, history):
