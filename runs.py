@@ -106,16 +106,16 @@ def describe_environment(device):
     }
 
 
-def memory_mib(device, peak=True):
-    """Memory that this process holds, or most that it has held: of the GPU where there is one. Units: MiB.
+def memory_mib(device):
+    """The most memory that this process has held: of the GPU where there is one. Units: MiB.
 
     On Linux this is not getrusage's ru_maxrss, in which the process that started this one counts too.
     """
     if device.type == "cuda":
-        return (torch.cuda.max_memory_allocated if peak else torch.cuda.memory_allocated)(device) / 2**20
-    status, key = Path("/proc/self/status"), "VmHWM" if peak else "VmRSS"
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    status = Path("/proc/self/status")
     if status.exists():
-        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(key)) / 1024
+        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")) / 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # macOS counts bytes
 
 
