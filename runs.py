@@ -511,8 +511,8 @@ class Recorder:
         self.signals, self.best_evaluation = SignalGuard(), None
         # of the current phase: `pending` holds the results of the steps since the last line of the log
         self.phase, self.optimizer, self.bar, self.pending = None, None, None, []
-        # when the phase went on, and when the recorder last logged, saved and printed
-        self.started = self.logged_at = self.saved_at = self.printed_at = 0.0
+        # when the phase started or was last saved, and when the recorder last logged and printed
+        self.started = self.logged_at = self.printed_at = 0.0
         if state:
             with damaged(folder.path / "last.pt"):
                 self.history = History(**state["progress"])
@@ -538,7 +538,7 @@ class Recorder:
                     moments = {name: value for name, value in values.items() if torch.is_tensor(value) and value.dim()}
                     check_tensors(dict.fromkeys(moments, parameter), moments)
         history.trained, self.state = trained, None
-        self.started = self.logged_at = self.saved_at = self.printed_at = time.monotonic()
+        self.started = self.logged_at = self.printed_at = time.monotonic()
         quiet = not parallel.progress_bars()
         self.bar = tqdm(steps[history.step :], phase.label, len(steps), initial=history.step, disable=quiet)
         for step in self.bar:
@@ -554,13 +554,13 @@ class Recorder:
         self.pending.append(results)
         history.step += 1
         history.total_steps += 1
-        due = now - self.saved_at > 60 * self.save_minutes
+        due = now - self.started > 60 * self.save_minutes
         stop, due = parallel.any_process(self.signals.received is not None, due)
         if stop or due or len(self.pending) == self.steps_per_line or history.step == self.bar.total:
             self.log_steps(now)
         if stop or due:
             history.train_seconds += now - self.started
-            self.started = self.saved_at = time.monotonic()
+            self.started = time.monotonic()
             self.folder.save_last(snapshot(self.parts, self.optimizer, history))
         if stop:
             raise Interrupted
@@ -604,7 +604,7 @@ class Recorder:
                 history.best, history.best_phase = norm, phase.label
                 self.folder.save_best(self.parts.model)
                 self.best_evaluation = (scores, predictions)
-            history.last_scores = {"tasks": scores.tasks, "raw": scores.raw, "norm": norm}
+            history.last_scores = scores.record()
             self.log_phase(phase, scores, is_best)
         history.scores.append(norm)
         history.epochs += phase.fraction
