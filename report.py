@@ -4,7 +4,7 @@
     close_sweep    early exit at several thresholds: score against layers and time
     write_page     report.html: the content as JSON inside report_page.html, whose script draws tables and charts
 
-The picture of a sweep is a PNG.
+A sweep is written as a CSV and drawn as a PNG.
 """
 
 import base64
@@ -36,7 +36,7 @@ TEMPLATE = Path(__file__).with_name("report_page.html")
 MISTAKES, TEXTS, MAP_TOKENS = 20, 6, 40
 
 
-# --- files --------------------------------------------------------------------------------------------------------
+# --- the table and the picture of a sweep -------------------------------------------------------------------------
 
 
 def write_csv(path, rows):
@@ -46,29 +46,6 @@ def write_csv(path, rows):
     writer.writeheader()
     writer.writerows([{k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows])
     write_whole(path, table.getvalue())
-
-
-def make_figure(width, height):
-    """An empty figure; its size is in inches."""
-    # imported here, because it would delay the first training step
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-def save(figure, path):
-    """Write a figure as PNG."""
-    write_whole(path, lambda out: figure.savefig(out, format="png", dpi=130))
-
-
-# --- pictures -----------------------------------------------------------------------------------------------------
-
-
-def clean(axes):
-    """Draw a faint grid, and no frame above and to the right."""
-    axes.grid(alpha=0.3)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
 
 
 def label_points(axes, x, y, labels):
@@ -88,11 +65,14 @@ def label_points(axes, x, y, labels):
         axes.annotate(text, (x[group[0]], y[group[0]]), (3, -10), textcoords="offset points", fontsize=7.5)
 
 
-def plot_sweep(path, rows, title):
-    """Draw the rows of `sweep`, a panel row per task: score against mean layers, and against time."""
+def plot_sweep(path, rows):
+    """Draw the rows of `sweep`, a panel row per task: score against mean layers, and against time. Writes a PNG."""
+    # imported here, because it would delay the first training step
+    from matplotlib.figure import Figure
+
     names = list(dict.fromkeys(row["task"] for row in rows))
     colors = {name: ALL_TASKS if name == "all" else COLORS[k % len(COLORS)] for k, name in enumerate(names)}
-    figure = make_figure(9.5, 2.5 * len(names) + 0.6)
+    figure = Figure(figsize=(9.5, 2.5 * len(names) + 0.6), layout="constrained")  # inches
     x_labels = {"mean_layers": "mean number of layers", "milliseconds": "milliseconds per example"}
     for name, panels in zip(names, figure.subplots(len(names), 2, squeeze=False), strict=True):
         full, *curve, auto = [
@@ -109,11 +89,13 @@ def plot_sweep(path, rows, title):
             axes.set_xlim(left=0)
             label_points(axes, x, y, [row["setting"] for row in curve])
             axes.set_xlabel(x_label)
-            clean(axes)
+            axes.grid(alpha=0.3)
+            axes.set_axisbelow(True)
+            axes.spines[["top", "right"]].set_visible(False)
         panels[0].set_ylabel(f"{name}\n{full['metric']}" if name != "all" else "all tasks\nnorm")
-    figure.suptitle(f"{title}\npoints: exit thresholds", fontsize=11)
+    figure.suptitle("Early exit: dev score against layers and time\npoints: exit thresholds", fontsize=11)
     figure.legend([line, star], ["full depth", "auto"], loc="outside lower center", ncols=2, fontsize=9, frameon=False)
-    save(figure, path)
+    write_whole(path, lambda out: figure.savefig(out, format="png", dpi=130))
 
 
 # --- tables -------------------------------------------------------------------------------------------------------
@@ -471,7 +453,7 @@ def close_sweep(parts, folder, levels):
     """Sweep the exit threshold of all tasks over `levels`; write the CSV and the picture, and print the table."""
     rows = sweep(parts.model, parts.dev(), parts.exit_settings, levels, parts.inference())
     write_csv(folder / "sweep.csv", rows)
-    plot_sweep(folder / "sweep.png", rows, "Early exit: dev score against layers and time")
+    plot_sweep(folder / "sweep.png", rows)
     print(f"{'threshold':<12}{'norm':>8}{'layers':>8}{'ex/s':>8}")
     for row in rows:
         if row["task"] == "all":
