@@ -11,7 +11,6 @@ A killed run continues from last.pt. The log is cut back to that position, and t
 """
 
 import fcntl
-import hashlib
 import json
 import os
 import platform
@@ -35,7 +34,7 @@ from tqdm import tqdm
 import parallel
 from base_bert import TOKENIZER_FILES, BertConfig, dropout_state
 from errors import InputError, UnreadableError, warn
-from files import opened, read_json, write_whole
+from files import read_json, sha256, write_whole
 from parallel import on_first, world_size
 from tasks import TASKS
 from weights import load_safetensors, load_torch
@@ -62,12 +61,6 @@ FILES = (
 )
 FILES += tuple(f"evaluate/{name}" for name in FILES)
 FOLDERS = ("predictions", "evaluate/predictions", "evaluate")
-
-
-def sha256(path):
-    """Hash of a file's content."""
-    with opened(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def git_commit():

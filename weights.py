@@ -10,7 +10,6 @@ them under the hub's present names. `pooling_of` determines which sentence vecto
 problem is an InputError that names the file and what to do. Pickled code in a .bin file never runs.
 """
 
-import hashlib
 import pickle
 from pathlib import Path
 
@@ -19,7 +18,7 @@ import safetensors.torch
 import torch
 
 from errors import InputError
-from files import opened, read_json
+from files import opened, read_json, sha256
 
 WEIGHTS_FOLDER = Path(__file__).resolve().parent / "weights"
 KNOWN_WEIGHTS = {
@@ -103,8 +102,7 @@ def pooling_of(folder):
                 return pooling, f"{path} sets {pooling} pooling"
     path = folder / "model.safetensors"
     if path.is_file():
-        with opened(path) as file:
-            known = KNOWN_POOLING.get(hashlib.file_digest(file, "sha256").hexdigest())
+        known = KNOWN_POOLING.get(sha256(path))
         if known:
             return known[1], f"{path} is {known[0]}"
     return "cls", f"{folder} does not describe its pooling; for weights of sentence-transformers use --pooling mean"
