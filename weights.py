@@ -13,7 +13,6 @@ problem is an InputError that names the file and what to do. Pickled code in a .
 import pickle
 from pathlib import Path
 
-import safetensors
 import safetensors.torch
 import torch
 
@@ -183,14 +182,8 @@ def present_name(name):
     name = name.removeprefix("bert.")
     # TensorFlow's names, which the first PyTorch versions used
     for old, new in (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias")):
-        if name.endswith(old):
-            name = name.removesuffix(old) + new
+        name = name.replace(old, new)
     return name
-
-
-def is_ignored(name):
-    """Return whether a plain BERT leaves a tensor out: pre-training heads, stored position ids."""
-    return name.startswith("cls.") or name.endswith("position_ids")
 
 
 def read_weights(path):
@@ -201,7 +194,8 @@ def read_weights(path):
     weights = {}
     tensors = load_parts(path) if path.name.endswith(".index.json") else load_file(path)
     for name, tensor in tensors.items():
-        if is_ignored(name):
+        # a plain BERT has no pre-training heads, and its position ids are not weights
+        if name.startswith("cls.") or name.endswith("position_ids"):
             continue
         if present_name(name) in weights:
             raise InputError(f"{path}: tensor {name} is there under two names: remove one")
