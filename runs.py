@@ -35,7 +35,6 @@ import parallel
 from base_bert import TOKENIZER_FILES, BertConfig, dropout_state
 from errors import InputError, UnreadableError, warn
 from files import read_json, sha256, write_whole
-from parallel import on_first, world_size
 from tasks import TASKS
 from weights import load_safetensors, load_torch
 
@@ -94,7 +93,7 @@ def describe_environment(device):
         "numpy": np.__version__,
         "device": f"{device.type}: {name}",
         "threads": torch.get_num_threads(),
-        "processes": world_size(),
+        "processes": parallel.world_size(),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
@@ -231,7 +230,7 @@ class RunFolder:
         if not self.exists():
             raise InputError(f"{self.path}: is not a run directory, so --overwrite leaves it alone")
 
-    @on_first
+    @parallel.on_first
     def create(self, config, weights, overwrite):
         """Start a run here, with its config and the tokenizer files of the weights.
 
@@ -273,7 +272,7 @@ class RunFolder:
 
     # --- what it writes and reads again ---------------------------------------------------------------------------
 
-    @on_first
+    @parallel.on_first
     def log(self, **record):
         """Append a line to log.jsonl."""
         self.check_owner()
@@ -296,14 +295,14 @@ class RunFolder:
         """Whether the run has ended and dropped what resuming needs."""
         return (self.path / "summary.json").exists() and not (self.path / "last.pt").exists()
 
-    @on_first
+    @parallel.on_first
     def save_last(self, state):
         """Save everything that resuming needs."""
         self.check_owner()
         state = state | {"log_position": self.log_position(), "id": self.id}
         write_whole(self.path / "last.pt", lambda file: torch.save(state, file))
 
-    @on_first
+    @parallel.on_first
     def cut_back(self, log_position):
         """Cut the log back to a saved moment and remove half-written files."""
         for part in self.half_written():
@@ -332,12 +331,12 @@ class RunFolder:
                 raise ValueError(f"log_position and step are {lowest}")
         return state
 
-    @on_first
+    @parallel.on_first
     def remove_last(self):
         """Drop last.pt: the run is complete."""
         (self.path / "last.pt").unlink(missing_ok=True)
 
-    @on_first
+    @parallel.on_first
     def save_best(self, model):
         """Save the model's weights as the best so far."""
         self.check_owner()
@@ -406,9 +405,9 @@ def check_same_run(config, flags, typed):
     if config.get("format") != FORMAT:
         version = str(config.get("commit", "")).rstrip("+") or "of its time"
         raise InputError(f"--resume: an earlier version started this run: resume it with that (git checkout {version})")
-    processes = config.get("processes", 1)
-    if processes != world_size():
-        raise InputError(f"this run was started with {processes} processes, not {world_size()}: resume with as many")
+    processes, now = config.get("processes", 1), parallel.world_size()
+    if processes != now:
+        raise InputError(f"this run was started with {processes} processes, not {now}: resume with as many")
     for name in typed - FREE_FLAGS:
         # auto was replaced by what it chose
         before = config["flags"].get(name)
