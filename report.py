@@ -319,17 +319,6 @@ def score_exits(tasks, all_exits, settings):
     }
 
 
-def close_exits(model, datasets, settings, options):
-    """Choose the exit thresholds and print what they do.
-
-    Returns (inference, record for summary.json, the page's `threshold_curves`).
-    """
-    all_exits = {name: predict_exits(model, data, **options) for name, data in datasets.items()}
-    record = score_exits(model.tasks, all_exits, settings)
-    print("\n".join(exit_table(all_exits, record)))
-    return ExitInference(settings.policies, record["thresholds"]), record, threshold_curves(all_exits, record)
-
-
 def close_run(parts, folder, known=None):
     """Score the model on dev, with exits too where there are settings; write predictions into `folder`.
 
@@ -346,7 +335,11 @@ def close_run(parts, folder, known=None):
     print("\n".join(score_table(model.tasks, scores.tasks)))
     print(f"raw {scores.raw:.4f}   norm {scores.norm:.4f}")
     if settings:
-        infer, exit_record, curves = close_exits(model, dev, settings, options)
+        all_exits = {name: predict_exits(model, data, **options) for name, data in dev.items()}
+        exit_record = score_exits(model.tasks, all_exits, settings)
+        print("\n".join(exit_table(all_exits, exit_record)))
+        curves = threshold_curves(all_exits, exit_record)
+        infer = ExitInference(settings.policies, exit_record["thresholds"])
         started = time.perf_counter()
         left, predictions = evaluate(model, dev, infer=infer, **options)
         exit_record |= {"dev": left.record(), "seconds": {"full": seconds, "exit": time.perf_counter() - started}}
@@ -380,20 +373,19 @@ def finish(parts, recorder):
     page = close_run(parts, folder.path, recorder.best_evaluation)
     exit_record = page["exits"]
     counted = exit_record["dev"] if exit_record else page["scores"]
-    folder.summary(
-        {
-            "best": {"phase": history.best_phase, **page["scores"]},
-            "last": history.last_scores,
-            "phase_norms": history.scores,
-            "steps": history.total_steps,
-            "train_seconds": round(history.train_seconds, 3),
-            "eval_seconds": round(history.eval_seconds, 3),
-            "finish_seconds": round(time.monotonic() - started, 1),
-            "mean_layers": float(np.mean([metrics["mean_layers"] for metrics in counted["tasks"].values()])),
-            "peak_mib": round(memory_mib(parts.precision.device)),
-            "exits": exit_record,
-        }
-    )
+    summary = {
+        "best": {"phase": history.best_phase, **page["scores"]},
+        "last": history.last_scores,
+        "phase_norms": history.scores,
+        "steps": history.total_steps,
+        "train_seconds": round(history.train_seconds, 3),
+        "eval_seconds": round(history.eval_seconds, 3),
+        "finish_seconds": round(time.monotonic() - started, 1),
+        "mean_layers": float(np.mean([metrics["mean_layers"] for metrics in counted["tasks"].values()])),
+        "peak_mib": round(memory_mib(parts.precision.device)),
+        "exits": exit_record,
+    }
+    folder.summary(summary)
     write_page(folder.path / "report.html", describe_run(folder) | page)
     print(f"minutes: training {history.train_seconds / 60:.1f}, evaluation {history.eval_seconds / 60:.1f}")
     print(f"page: {folder.path / 'report.html'}")
