@@ -190,16 +190,15 @@ def sum_gradients(parameters, gradients):
     if not several():
         return gradients
     present = any_process(*(gradient is not None for gradient in gradients))
-    totals = [
-        None if not somewhere else torch.zeros_like(parameter) if gradient is None else gradient
-        for parameter, gradient, somewhere in zip(parameters, gradients, present, strict=True)
-    ]
-    pieces = [[]]
-    for total in totals:
-        if total is not None:
+    totals, pieces = [], [[]]
+    for parameter, gradient, somewhere in zip(parameters, gradients, present, strict=True):
+        if somewhere and gradient is None:
+            gradient = torch.zeros_like(parameter)
+        totals.append(gradient)
+        if somewhere:
             if sum(x.numel() for x in pieces[-1]) >= PIECE:
                 pieces.append([])
-            pieces[-1].append(total)
+            pieces[-1].append(gradient)
     # before the exchange: out of memory here is no lost process
     packed = [torch.cat([x.flatten() for x in piece]) for piece in pieces if piece]
     with exchange():
