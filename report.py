@@ -70,14 +70,13 @@ def plot_sweep(path, rows):
     # imported here, because it would delay the first training step
     from matplotlib.figure import Figure
 
+    rows = [row | {"milliseconds": 1000 / row["examples_per_second"]} for row in rows]
     names = list(dict.fromkeys(row["task"] for row in rows))
     colors = {name: ALL_TASKS if name == "all" else COLORS[k % len(COLORS)] for k, name in enumerate(names)}
     figure = Figure(figsize=(9.5, 2.5 * len(names) + 0.6), layout="constrained")  # inches
     x_labels = {"mean_layers": "mean number of layers", "milliseconds": "milliseconds per example"}
     for name, panels in zip(names, figure.subplots(len(names), 2, squeeze=False), strict=True):
-        full, *curve, auto = [
-            row | {"milliseconds": 1000 / row["examples_per_second"]} for row in rows if row["task"] == name
-        ]
+        full, *curve, auto = [row for row in rows if row["task"] == name]
         for axes, (key, x_label) in zip(panels, x_labels.items(), strict=True):
             line = axes.axhline(full["score"], color=FULL_DEPTH, linestyle="--", linewidth=1)
             axes.plot(full[key], full["score"], "x", color=FULL_DEPTH)
@@ -116,10 +115,8 @@ def exit_table(all_exits, record):
     """The lines of a table of early exit, from the `exits` record of summary.json."""
     depth = len(next(iter(record["shares"].values())))
     row = "{:<18}{:<12}{:>10}{:>12}{:>12}{:>8}{:>8}"
-    lines = [
-        f"early exit on dev, in {FOLDS} parts: the rows of a part leave by thresholds chosen on the other parts",
-        row.format("task", "leaves by", "threshold", "full depth", "with exits", "layers", "saved"),
-    ]
+    heading = f"early exit on dev, in {FOLDS} parts: the rows of a part leave by thresholds chosen on the other parts"
+    lines = [heading, row.format("task", "leaves by", "threshold", "full depth", "with exits", "layers", "saved")]
 
     def add(title, policy, threshold, full, left, layers):
         saved = f"{1 - layers / depth:.0%}"
