@@ -501,10 +501,6 @@ class Recorder:
         self.folder, self.parts, self.state = folder, parts, state
         self.history = History()
         self.signals, self.best_evaluation = SignalGuard(), None
-        # of the current phase: `pending` holds the results of the steps since the last line of the log
-        self.phase, self.optimizer, self.bar, self.pending = None, None, None, []
-        # when the phase started or was last saved, and when the recorder last logged and printed
-        self.started = self.logged_at = self.printed_at = 0.0
         if state:
             with damaged(folder.path / "last.pt"):
                 self.history = History(**state["progress"])
@@ -522,6 +518,7 @@ class Recorder:
 
     def before_phase(self, phase, steps, optimizer, trained):
         """Yield (number of finished steps, step) for the remaining steps of a phase, behind a progress bar."""
+        # `pending` holds the results of the steps since the last line of the log
         self.phase, self.optimizer, self.pending, history = phase, optimizer, [], self.history
         if self.state and trained == history.trained:
             with damaged(self.folder.path / "last.pt"):
@@ -530,6 +527,7 @@ class Recorder:
                     moments = {name: value for name, value in values.items() if torch.is_tensor(value) and value.dim()}
                     check_tensors(dict.fromkeys(moments, parameter), moments)
         history.trained, self.state = trained, None
+        # when the phase started or was last saved, and when the recorder last logged and printed
         self.started = self.logged_at = self.printed_at = time.monotonic()
         quiet = not parallel.progress_bars()
         self.bar = tqdm(steps[history.step :], phase.label, len(steps), initial=history.step, disable=quiet)
