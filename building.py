@@ -170,21 +170,14 @@ class Inputs:
     weights: Path
     tasks: dict
     data: dict  # {task: {split: Dataset}}
-    data_hashes: dict  # {"task split": sha256}
-    weight_hashes: dict  # {file: sha256}
+    hashes: dict  # the hashes of weights and data, as config.json holds them
 
     def record(self, device):
         """What config.json holds of them, and of the machine."""
-        return {
-            "flags": self.flags,
-            "command": command_line(),
-            **describe_environment(device),
-            "weights": {"folder": str(self.weights.resolve()), "sha256": self.weight_hashes},
-            "data": self.data_hashes,
-        }
+        return {"flags": self.flags, "command": command_line(), **describe_environment(device), **self.hashes}
 
 
-def read_inputs(flags, typed, config=None):
+def read_inputs(flags, typed, config):
     """Read and check weights and data. `config` is that of the run to resume, or None.
 
     Raises: InputError where they do not fit together, or are not those of the run to resume.
@@ -207,7 +200,8 @@ def read_inputs(flags, typed, config=None):
         before = config["weights"]["sha256"]
         check_same_files(before, weight_hashes, {name: weights / name for name in before | weight_hashes})
     print("\n".join(report(data)))
-    return Inputs(flags, weights, tasks, data, data_hashes, weight_hashes)
+    hashes = {"weights": {"folder": str(weights.resolve()), "sha256": weight_hashes}, "data": data_hashes}
+    return Inputs(flags, weights, tasks, data, hashes)
 
 
 def fill_weight_defaults(flags, weights, sizes):

@@ -1,5 +1,6 @@
 """Files that are read with one line for every mistake, and files that appear whole or not at all."""
 
+import hashlib
 import json
 import os
 import stat
@@ -26,6 +27,12 @@ def opened(path):
         raise UnreadableError(
             f"{path}: cannot be read ({error.strerror}): check the path and its permissions"
         ) from None
+
+
+def sha256(path):
+    """Hash of a file's content."""
+    with opened(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_json(path):

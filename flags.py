@@ -87,12 +87,8 @@ def make_parser():
         formatter_class=Help,
     )
     add_course_flags(parser.add_argument_group("what to do"))
-    add_data_flags(
-        parser.add_argument_group(
-            "data",
-            "Each of the CSV files may also be named alone: --sst_train FILE, --para_dev FILE, --sts_test FILE, ...",
-        )
-    )
+    files = "Each of the CSV files may also be named alone: --sst_train FILE, --para_dev FILE, --sts_test FILE, ..."
+    add_data_flags(parser.add_argument_group("data", files))
     add_model_flags(parser.add_argument_group("model"))
     add_loop_flags(parser.add_argument_group("optimisation"))
     groups = {}
@@ -100,11 +96,8 @@ def make_parser():
         if method.title not in groups:
             groups[method.title] = parser.add_argument_group(method.title)
         method.add_flags(groups[method.title])
-    add_output_flags(
-        parser.add_argument_group(
-            "output", "--sst_dev_out FILE, --para_test_out FILE, ... also copy that prediction file to FILE."
-        )
-    )
+    copies = "--sst_dev_out FILE, --para_test_out FILE, ... also copy that prediction file to FILE."
+    add_output_flags(parser.add_argument_group("output", copies))
     return parser
 
 
@@ -220,11 +213,10 @@ def parse_flags(argv=None):
     if flags["preset"]:
         print(f"--preset {flags['preset']}: {PRESETS[flags['preset']]}")
     defaults = vars(parser.parse_args([]))
-    # a second parser without defaults: what it reads was typed
-    bare = make_parser()
-    for action in bare._actions:
+    # without defaults, what the parser reads was typed
+    for action in parser._actions:
         action.default = argparse.SUPPRESS
-    return flags, set(vars(bare.parse_args(argv))), defaults
+    return flags, set(vars(parser.parse_args(argv))), defaults
 
 
 def check_flags(flags, typed):

@@ -471,9 +471,9 @@ def evaluate_run(folder, flags, typed):
     )
     target = folder.path / "evaluate"
     if levels:
-        close_sweep(run.model, parts.dev(), target, parts.exit_settings, levels, parts.inference())
+        close_sweep(parts, target, levels)
     else:
-        page = close_run(run.model, data, target, parts.inference(), parts.exit_settings, parallel.progress_bars())
+        page = close_run(parts, target)
         write_page(target / "report.html", describe_run(folder) | page)
         copy_predictions(target, flags["outputs"])
 

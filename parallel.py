@@ -127,12 +127,7 @@ def gather(value):
 
 def from_first(value):
     """Return process 0's value in every process."""
-    if not several():
-        return value
-    box = [value]
-    with exchange():
-        dist.broadcast_object_list(box)
-    return box[0]
+    return gather(value)[0]
 
 
 def check_same(name, value):
@@ -164,12 +159,8 @@ def add_up(values):
 
 def any_process(*flags):
     """For each flag, whether it is set in some process."""
-    if not several():
-        return flags
-    found = torch.tensor(flags, dtype=torch.uint8)
-    with exchange():
-        dist.all_reduce(found, dist.ReduceOp.MAX)
-    return tuple(map(bool, found.tolist()))
+    counts = add_up(torch.tensor(flags, dtype=torch.int32))
+    return [count > 0 for count in counts.tolist()]
 
 
 def every_process(flag):
@@ -199,16 +190,15 @@ def sum_gradients(parameters, gradients):
     if not several():
         return gradients
     present = any_process(*(gradient is not None for gradient in gradients))
-    totals = [
-        None if not somewhere else torch.zeros_like(parameter) if gradient is None else gradient
-        for parameter, gradient, somewhere in zip(parameters, gradients, present, strict=True)
-    ]
-    pieces = [[]]
-    for total in totals:
-        if total is not None:
+    totals, pieces = [], [[]]
+    for parameter, gradient, somewhere in zip(parameters, gradients, present, strict=True):
+        if somewhere and gradient is None:
+            gradient = torch.zeros_like(parameter)
+        totals.append(gradient)
+        if somewhere:
             if sum(x.numel() for x in pieces[-1]) >= PIECE:
                 pieces.append([])
-            pieces[-1].append(total)
+            pieces[-1].append(gradient)
     # before the exchange: out of memory here is no lost process
     packed = [torch.cat([x.flatten() for x in piece]) for piece in pieces if piece]
     with exchange():

@@ -4,7 +4,7 @@
     close_sweep    early exit at several thresholds: score against layers and time
     write_page     report.html: the content as JSON inside report_page.html, whose script draws tables and charts
 
-The picture of a sweep is a PNG.
+A sweep is written as a CSV and drawn as a PNG.
 """
 
 import base64
@@ -36,7 +36,7 @@ TEMPLATE = Path(__file__).with_name("report_page.html")
 MISTAKES, TEXTS, MAP_TOKENS = 20, 6, 40
 
 
-# --- files --------------------------------------------------------------------------------------------------------
+# --- the table and the picture of a sweep -------------------------------------------------------------------------
 
 
 def write_csv(path, rows):
@@ -46,29 +46,6 @@ def write_csv(path, rows):
     writer.writeheader()
     writer.writerows([{k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows])
     write_whole(path, table.getvalue())
-
-
-def make_figure(width, height):
-    """An empty figure; its size is in inches."""
-    # imported here, because it would delay the first training step
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-def save(figure, path):
-    """Write a figure as PNG."""
-    write_whole(path, lambda out: figure.savefig(out, format="png", dpi=130))
-
-
-# --- pictures -----------------------------------------------------------------------------------------------------
-
-
-def clean(axes):
-    """Draw a faint grid, and no frame above and to the right."""
-    axes.grid(alpha=0.3)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
 
 
 def label_points(axes, x, y, labels):
@@ -88,16 +65,18 @@ def label_points(axes, x, y, labels):
         axes.annotate(text, (x[group[0]], y[group[0]]), (3, -10), textcoords="offset points", fontsize=7.5)
 
 
-def plot_sweep(path, rows, title):
-    """Draw the rows of `sweep`, a panel row per task: score against mean layers, and against time."""
+def plot_sweep(path, rows):
+    """Draw the rows of `sweep`, a panel row per task: score against mean layers, and against time. Writes a PNG."""
+    # imported here, because it would delay the first training step
+    from matplotlib.figure import Figure
+
+    rows = [row | {"milliseconds": 1000 / row["examples_per_second"]} for row in rows]
     names = list(dict.fromkeys(row["task"] for row in rows))
     colors = {name: ALL_TASKS if name == "all" else COLORS[k % len(COLORS)] for k, name in enumerate(names)}
-    figure = make_figure(9.5, 2.5 * len(names) + 0.6)
+    figure = Figure(figsize=(9.5, 2.5 * len(names) + 0.6), layout="constrained")  # inches
     x_labels = {"mean_layers": "mean number of layers", "milliseconds": "milliseconds per example"}
     for name, panels in zip(names, figure.subplots(len(names), 2, squeeze=False), strict=True):
-        full, *curve, auto = [
-            row | {"milliseconds": 1000 / row["examples_per_second"]} for row in rows if row["task"] == name
-        ]
+        full, *curve, auto = [row for row in rows if row["task"] == name]
         for axes, (key, x_label) in zip(panels, x_labels.items(), strict=True):
             line = axes.axhline(full["score"], color=FULL_DEPTH, linestyle="--", linewidth=1)
             axes.plot(full[key], full["score"], "x", color=FULL_DEPTH)
@@ -109,11 +88,13 @@ def plot_sweep(path, rows, title):
             axes.set_xlim(left=0)
             label_points(axes, x, y, [row["setting"] for row in curve])
             axes.set_xlabel(x_label)
-            clean(axes)
+            axes.grid(alpha=0.3)
+            axes.set_axisbelow(True)
+            axes.spines[["top", "right"]].set_visible(False)
         panels[0].set_ylabel(f"{name}\n{full['metric']}" if name != "all" else "all tasks\nnorm")
-    figure.suptitle(f"{title}\npoints: exit thresholds", fontsize=11)
+    figure.suptitle("Early exit: dev score against layers and time\npoints: exit thresholds", fontsize=11)
     figure.legend([line, star], ["full depth", "auto"], loc="outside lower center", ncols=2, fontsize=9, frameon=False)
-    save(figure, path)
+    write_whole(path, lambda out: figure.savefig(out, format="png", dpi=130))
 
 
 # --- tables -------------------------------------------------------------------------------------------------------
@@ -134,10 +115,8 @@ def exit_table(all_exits, record):
     """The lines of a table of early exit, from the `exits` record of summary.json."""
     depth = len(next(iter(record["shares"].values())))
     row = "{:<18}{:<12}{:>10}{:>12}{:>12}{:>8}{:>8}"
-    lines = [
-        f"early exit on dev, in {FOLDS} parts: the rows of a part leave by thresholds chosen on the other parts",
-        row.format("task", "leaves by", "threshold", "full depth", "with exits", "layers", "saved"),
-    ]
+    heading = f"early exit on dev, in {FOLDS} parts: the rows of a part leave by thresholds chosen on the other parts"
+    lines = [heading, row.format("task", "leaves by", "threshold", "full depth", "with exits", "layers", "saved")]
 
     def add(title, policy, threshold, full, left, layers):
         saved = f"{1 - layers / depth:.0%}"
@@ -337,47 +316,37 @@ def score_exits(tasks, all_exits, settings):
     }
 
 
-def close_exits(model, datasets, settings, options):
-    """Choose the exit thresholds and print what they do.
-
-    Returns (inference, record for summary.json, the page's `threshold_curves`).
-    """
-    tasks = {name: data.task for name, data in datasets.items()}
-    all_exits = {name: predict_exits(model, data, **options) for name, data in datasets.items()}
-    record = score_exits(tasks, all_exits, settings)
-    print("\n".join(exit_table(all_exits, record)))
-    return ExitInference(settings.policies, record["thresholds"]), record, threshold_curves(all_exits, record)
-
-
-def close_run(model, data, folder, options, settings=None, show_bar=False, known=None):
+def close_run(parts, folder, known=None):
     """Score the model on dev, with exits too where there are settings; write predictions into `folder`.
 
-    `data` is {task: {split: Dataset}}; `options` are arguments of `predict`. `known` is the result of `evaluate` for
-    this model, if there is one. A run with exits evaluates again, in order to measure the time.
+    `parts` are building.Parts. `known` is the result of `evaluate` for this model, if there is one. A run with exits
+    evaluates again, in order to measure the time.
     Returns the content of a page, in it `scores` and `exits` (None without settings) as summary.json holds them.
     """
-    folder = Path(folder)
-    dev = {name: splits["dev"] for name, splits in data.items()}
-    tasks = {name: dataset.task for name, dataset in dev.items()}
+    model, dev, settings, options = parts.model, parts.dev(), parts.exit_settings, parts.inference()
     started = time.perf_counter()
     scores, predictions = known if known and not settings else evaluate(model, dev, **options)
     seconds, infer, exit_record, curves = time.perf_counter() - started, AtExit(), None, None
     for warning in scores.warnings:
         print(f"warning: {warning}")
-    print("\n".join(score_table(tasks, scores.tasks)))
+    print("\n".join(score_table(model.tasks, scores.tasks)))
     print(f"raw {scores.raw:.4f}   norm {scores.norm:.4f}")
     if settings:
-        infer, exit_record, curves = close_exits(model, dev, settings, options)
+        all_exits = {name: predict_exits(model, data, **options) for name, data in dev.items()}
+        exit_record = score_exits(model.tasks, all_exits, settings)
+        print("\n".join(exit_table(all_exits, exit_record)))
+        curves = threshold_curves(all_exits, exit_record)
+        infer = ExitInference(settings.policies, exit_record["thresholds"])
         started = time.perf_counter()
         left, predictions = evaluate(model, dev, infer=infer, **options)
         exit_record |= {"dev": left.record(), "seconds": {"full": seconds, "exit": time.perf_counter() - started}}
         print(f"seconds for dev: {seconds:.1f} at full depth, {exit_record['seconds']['exit']:.1f} with exits")
-    for name, splits in data.items():
+    for name, splits in parts.data.items():
         for split in ("dev", "test"):
             predicted = predictions[name] if split == "dev" else None
             # rows without a label or with an empty text are predicted, but not scored
             if predicted is None or len(predicted.rows) < len(splits[split]):
-                predicted = predict(model, splits[split], infer=infer, show_bar=show_bar, **options)
+                predicted = predict(model, splits[split], infer=infer, show_bar=progress_bars(), **options)
             write_predictions(folder / "predictions", predicted, split)
     print(f"predictions: {folder / 'predictions'}")
     page = describe_predictions(model, predictions, options["precision"])
@@ -398,30 +367,26 @@ def finish(parts, recorder):
     folder.load_best(parts.model)
     print(f"\nbest model: {history.best_phase} (last phase: norm {history.last_scores['norm']:.4f})")
     started = time.monotonic()
-    bars = progress_bars()
-    page = close_run(
-        parts.model, parts.data, folder.path, parts.inference(), parts.exit_settings, bars, recorder.best_evaluation
-    )
+    page = close_run(parts, folder.path, recorder.best_evaluation)
     exit_record = page["exits"]
     counted = exit_record["dev"] if exit_record else page["scores"]
-    folder.summary(
-        {
-            "best": {"phase": history.best_phase, **page["scores"]},
-            "last": history.last_scores,
-            "phase_norms": history.scores,
-            "steps": history.total_steps,
-            "train_seconds": round(history.train_seconds, 3),
-            "eval_seconds": round(history.eval_seconds, 3),
-            "finish_seconds": round(time.monotonic() - started, 1),
-            "mean_layers": float(np.mean([metrics["mean_layers"] for metrics in counted["tasks"].values()])),
-            "peak_mib": round(memory_mib(parts.precision.device)),
-            "exits": exit_record,
-        }
-    )
+    summary = {
+        "best": {"phase": history.best_phase, **page["scores"]},
+        "last": history.last_scores,
+        "phase_norms": history.scores,
+        "steps": history.total_steps,
+        "train_seconds": round(history.train_seconds, 3),
+        "eval_seconds": round(history.eval_seconds, 3),
+        "finish_seconds": round(time.monotonic() - started, 1),
+        "mean_layers": float(np.mean([metrics["mean_layers"] for metrics in counted["tasks"].values()])),
+        "peak_mib": round(memory_mib(parts.precision.device)),
+        "exits": exit_record,
+    }
+    folder.summary(summary)
     write_page(folder.path / "report.html", describe_run(folder) | page)
     print(f"minutes: training {history.train_seconds / 60:.1f}, evaluation {history.eval_seconds / 60:.1f}")
     print(f"page: {folder.path / 'report.html'}")
-    recorder.remove_last()
+    folder.remove_last()
 
 
 # --- the sweep ----------------------------------------------------------------------------------------------------
@@ -473,11 +438,11 @@ def sweep(model, datasets, settings, levels, options):
     return rows
 
 
-def close_sweep(model, datasets, folder, settings, levels, options):
+def close_sweep(parts, folder, levels):
     """Sweep the exit threshold of all tasks over `levels`; write the CSV and the picture, and print the table."""
-    rows = sweep(model, datasets, settings, levels, options)
+    rows = sweep(parts.model, parts.dev(), parts.exit_settings, levels, parts.inference())
     write_csv(folder / "sweep.csv", rows)
-    plot_sweep(folder / "sweep.png", rows, "Early exit: dev score against layers and time")
+    plot_sweep(folder / "sweep.png", rows)
     print(f"{'threshold':<12}{'norm':>8}{'layers':>8}{'ex/s':>8}")
     for row in rows:
         if row["task"] == "all":

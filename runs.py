@@ -11,7 +11,6 @@ A killed run continues from last.pt. The log is cut back to that position, and t
 """
 
 import fcntl
-import hashlib
 import json
 import os
 import platform
@@ -35,8 +34,7 @@ from tqdm import tqdm
 import parallel
 from base_bert import TOKENIZER_FILES, BertConfig, dropout_state
 from errors import InputError, UnreadableError, warn
-from files import opened, read_json, write_whole
-from parallel import on_first, world_size
+from files import read_json, sha256, write_whole
 from tasks import TASKS
 from weights import load_safetensors, load_torch
 
@@ -62,12 +60,6 @@ FILES = (
 )
 FILES += tuple(f"evaluate/{name}" for name in FILES)
 FOLDERS = ("predictions", "evaluate/predictions", "evaluate")
-
-
-def sha256(path):
-    """Hash of a file's content."""
-    with opened(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def git_commit():
@@ -101,21 +93,21 @@ def describe_environment(device):
         "numpy": np.__version__,
         "device": f"{device.type}: {name}",
         "threads": torch.get_num_threads(),
-        "processes": world_size(),
+        "processes": parallel.world_size(),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 
-def memory_mib(device, peak=True):
-    """Memory that this process holds, or most that it has held: of the GPU where there is one. Units: MiB.
+def memory_mib(device):
+    """The most memory that this process has held: of the GPU where there is one. Units: MiB.
 
     On Linux this is not getrusage's ru_maxrss, in which the process that started this one counts too.
     """
     if device.type == "cuda":
-        return (torch.cuda.max_memory_allocated if peak else torch.cuda.memory_allocated)(device) / 2**20
-    status, key = Path("/proc/self/status"), "VmHWM" if peak else "VmRSS"
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    status = Path("/proc/self/status")
     if status.exists():
-        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(key)) / 1024
+        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")) / 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # macOS counts bytes
 
 
@@ -238,7 +230,7 @@ class RunFolder:
         if not self.exists():
             raise InputError(f"{self.path}: is not a run directory, so --overwrite leaves it alone")
 
-    @on_first
+    @parallel.on_first
     def create(self, config, weights, overwrite):
         """Start a run here, with its config and the tokenizer files of the weights.
 
@@ -280,7 +272,7 @@ class RunFolder:
 
     # --- what it writes and reads again ---------------------------------------------------------------------------
 
-    @on_first
+    @parallel.on_first
     def log(self, **record):
         """Append a line to log.jsonl."""
         self.check_owner()
@@ -303,14 +295,14 @@ class RunFolder:
         """Whether the run has ended and dropped what resuming needs."""
         return (self.path / "summary.json").exists() and not (self.path / "last.pt").exists()
 
-    @on_first
+    @parallel.on_first
     def save_last(self, state):
         """Save everything that resuming needs."""
         self.check_owner()
         state = state | {"log_position": self.log_position(), "id": self.id}
         write_whole(self.path / "last.pt", lambda file: torch.save(state, file))
 
-    @on_first
+    @parallel.on_first
     def cut_back(self, log_position):
         """Cut the log back to a saved moment and remove half-written files."""
         for part in self.half_written():
@@ -339,12 +331,12 @@ class RunFolder:
                 raise ValueError(f"log_position and step are {lowest}")
         return state
 
-    @on_first
+    @parallel.on_first
     def remove_last(self):
         """Drop last.pt: the run is complete."""
         (self.path / "last.pt").unlink(missing_ok=True)
 
-    @on_first
+    @parallel.on_first
     def save_best(self, model):
         """Save the model's weights as the best so far."""
         self.check_owner()
@@ -413,9 +405,9 @@ def check_same_run(config, flags, typed):
     if config.get("format") != FORMAT:
         version = str(config.get("commit", "")).rstrip("+") or "of its time"
         raise InputError(f"--resume: an earlier version started this run: resume it with that (git checkout {version})")
-    processes = config.get("processes", 1)
-    if processes != world_size():
-        raise InputError(f"this run was started with {processes} processes, not {world_size()}: resume with as many")
+    processes, now = config.get("processes", 1), parallel.world_size()
+    if processes != now:
+        raise InputError(f"this run was started with {processes} processes, not {now}: resume with as many")
     for name in typed - FREE_FLAGS:
         # auto was replaced by what it chose
         before = config["flags"].get(name)
@@ -504,16 +496,11 @@ class Recorder:
 
     save_minutes = 10.0  # between saved states within a phase
     steps_per_line = 50  # of log.jsonl
-    keep_last = False  # whether last.pt stays when the run is complete
 
     def __init__(self, folder, parts, state=None):
         self.folder, self.parts, self.state = folder, parts, state
         self.history = History()
         self.signals, self.best_evaluation = SignalGuard(), None
-        # of the current phase: `pending` holds the results of the steps since the last line of the log
-        self.phase, self.optimizer, self.bar, self.pending = None, None, None, []
-        # when the phase went on, and when the recorder last logged, saved and printed
-        self.started = self.logged_at = self.saved_at = self.printed_at = 0.0
         if state:
             with damaged(folder.path / "last.pt"):
                 self.history = History(**state["progress"])
@@ -531,6 +518,7 @@ class Recorder:
 
     def before_phase(self, phase, steps, optimizer, trained):
         """Yield (number of finished steps, step) for the remaining steps of a phase, behind a progress bar."""
+        # `pending` holds the results of the steps since the last line of the log
         self.phase, self.optimizer, self.pending, history = phase, optimizer, [], self.history
         if self.state and trained == history.trained:
             with damaged(self.folder.path / "last.pt"):
@@ -539,7 +527,8 @@ class Recorder:
                     moments = {name: value for name, value in values.items() if torch.is_tensor(value) and value.dim()}
                     check_tensors(dict.fromkeys(moments, parameter), moments)
         history.trained, self.state = trained, None
-        self.started = self.logged_at = self.saved_at = self.printed_at = time.monotonic()
+        # when the phase started or was last saved, and when the recorder last logged and printed
+        self.started = self.logged_at = self.printed_at = time.monotonic()
         quiet = not parallel.progress_bars()
         self.bar = tqdm(steps[history.step :], phase.label, len(steps), initial=history.step, disable=quiet)
         for step in self.bar:
@@ -555,13 +544,13 @@ class Recorder:
         self.pending.append(results)
         history.step += 1
         history.total_steps += 1
-        due = now - self.saved_at > 60 * self.save_minutes
+        due = now - self.started > 60 * self.save_minutes
         stop, due = parallel.any_process(self.signals.received is not None, due)
         if stop or due or len(self.pending) == self.steps_per_line or history.step == self.bar.total:
             self.log_steps(now)
         if stop or due:
             history.train_seconds += now - self.started
-            self.started = self.saved_at = time.monotonic()
+            self.started = time.monotonic()
             self.folder.save_last(snapshot(self.parts, self.optimizer, history))
         if stop:
             raise Interrupted
@@ -605,7 +594,7 @@ class Recorder:
                 history.best, history.best_phase = norm, phase.label
                 self.folder.save_best(self.parts.model)
                 self.best_evaluation = (scores, predictions)
-            history.last_scores = {"tasks": scores.tasks, "raw": scores.raw, "norm": norm}
+            history.last_scores = scores.record()
             self.log_phase(phase, scores, is_best)
         history.scores.append(norm)
         history.epochs += phase.fraction
@@ -647,11 +636,6 @@ class Recorder:
         print(f"{phase.label}: dev {metrics}  raw {scores.raw:.4f}  norm {scores.norm:.4f}{best}", flush=True)
         for warning in scores.warnings if phase.keep else ():
             print(f"warning: {warning}", flush=True)
-
-    def remove_last(self):
-        """Drop last.pt: the run is complete."""
-        if not self.keep_last:
-            self.folder.remove_last()
 
 
 def snapshot(parts, optimizer, history):

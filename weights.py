@@ -10,16 +10,14 @@ them under the hub's present names. `pooling_of` determines which sentence vecto
 problem is an InputError that names the file and what to do. Pickled code in a .bin file never runs.
 """
 
-import hashlib
 import pickle
 from pathlib import Path
 
-import safetensors
 import safetensors.torch
 import torch
 
 from errors import InputError
-from files import opened, read_json
+from files import opened, read_json, sha256
 
 WEIGHTS_FOLDER = Path(__file__).resolve().parent / "weights"
 KNOWN_WEIGHTS = {
@@ -103,8 +101,7 @@ def pooling_of(folder):
                 return pooling, f"{path} sets {pooling} pooling"
     path = folder / "model.safetensors"
     if path.is_file():
-        with opened(path) as file:
-            known = KNOWN_POOLING.get(hashlib.file_digest(file, "sha256").hexdigest())
+        known = KNOWN_POOLING.get(sha256(path))
         if known:
             return known[1], f"{path} is {known[0]}"
     return "cls", f"{folder} does not describe its pooling; for weights of sentence-transformers use --pooling mean"
@@ -185,14 +182,8 @@ def present_name(name):
     name = name.removeprefix("bert.")
     # TensorFlow's names, which the first PyTorch versions used
     for old, new in (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias")):
-        if name.endswith(old):
-            name = name.removesuffix(old) + new
+        name = name.replace(old, new)
     return name
-
-
-def is_ignored(name):
-    """Return whether a plain BERT leaves a tensor out: pre-training heads, stored position ids."""
-    return name.startswith("cls.") or name.endswith("position_ids")
 
 
 def read_weights(path):
@@ -203,7 +194,8 @@ def read_weights(path):
     weights = {}
     tensors = load_parts(path) if path.name.endswith(".index.json") else load_file(path)
     for name, tensor in tensors.items():
-        if is_ignored(name):
+        # a plain BERT has no pre-training heads, and its position ids are not weights
+        if name.startswith("cls.") or name.endswith("position_ids"):
             continue
         if present_name(name) in weights:
             raise InputError(f"{path}: tensor {name} is there under two names: remove one")

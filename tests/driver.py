@@ -1,4 +1,4 @@
-"""multitask_classifier.py with settings of its Recorder that only tests use.
+"""multitask_classifier.py with settings that only tests use.
 
     --keep_last          keep last.pt when the run is complete
     --save_minutes M     minutes between two saved states within a phase
@@ -9,31 +9,29 @@ Tests call `main`; as a program it stands in for multitask_classifier.py where a
 
 import argparse
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from unittest import mock
 
 # as a program: Python puts only this folder on the path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import multitask_classifier
 from errors import run_script
-from runs import Recorder
+from runs import Recorder, RunFolder
 
 
 def main(argv=None):
-    """Run the program with the Recorder's settings taken out of the command line."""
+    """Run the program with these settings taken out of the command line."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--keep_last", action="store_true")
     parser.add_argument("--save_minutes", type=float, default=Recorder.save_minutes)
     parser.add_argument("--steps_per_line", type=int, default=Recorder.steps_per_line)
     settings, rest = parser.parse_known_args(argv)
-    before = {name: getattr(Recorder, name) for name in vars(settings)}
-    for name, value in vars(settings).items():
-        setattr(Recorder, name, value)
-    try:
+    minutes, steps = settings.save_minutes, settings.steps_per_line
+    keep = mock.patch.object(RunFolder, "remove_last", lambda folder: None) if settings.keep_last else nullcontext()
+    with keep, mock.patch.multiple(Recorder, save_minutes=minutes, steps_per_line=steps):
         return multitask_classifier.main(rest)
-    finally:
-        for name, value in before.items():
-            setattr(Recorder, name, value)
 
 
 if __name__ == "__main__":

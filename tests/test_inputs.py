@@ -873,7 +873,7 @@ def test_a_run_whose_directory_was_taken_writes_nothing_into_it(world, training_
 def test_overwrite_removes_what_a_run_writes_and_nothing_else(world, monkeypatch):
     """All files of a run with exits, of its evaluation and of its sweep go; a user's files stay."""
     run = world.finished
-    monkeypatch.setattr(report, "plot_sweep", lambda path, *_: write_whole(path, b""))  # drawing takes seconds
+    monkeypatch.setattr(report, "plot_sweep", lambda path, rows: write_whole(path, b""))  # drawing takes seconds
     main(["--option", "evaluate", "--run_dir", str(run), "--data_dir", str(world.data)])
     sweep = ["--exit_threshold", "0,.9", "--data_dir", str(world.data)]
     main(["--option", "evaluate", "--run_dir", str(run), *sweep])

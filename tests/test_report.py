@@ -28,7 +28,7 @@ def sweep_row(setting, name, layers):
 def test_the_picture_of_unknown_tasks_is_drawn(tmp_path):
     settings = (("full depth", 6), ("0.5", 2), ("0.9", 3), ("auto", 5))
     rows = [sweep_row(setting, name, layers) for setting, layers in settings for name in (*NAMES, "all")]
-    report.plot_sweep(tmp_path / "sweep.png", rows, "title")
+    report.plot_sweep(tmp_path / "sweep.png", rows)
     assert is_png(tmp_path / "sweep.png")
 
 
