@@ -110,8 +110,8 @@ MUTANTS = [
         (
             "tokenizer-mask",
             "tokenizer.py",
-            "torch.from_numpy(real.astype(np.int64))",
-            "torch.from_numpy(np.ones_like(real, np.int64))",
+            "mask, segment_ids = np.zeros(shape, dtype=np.int64)",
+            "mask, segment_ids = np.ones(shape, dtype=np.int64)",
             "The attention mask marks padding as real tokens.",
             "tokenizer",
         ),
