@@ -20,7 +20,7 @@ from torch import nn
 
 import parallel
 from base_bert import BertConfig
-from datasets import SPLITS, find_data_dir, read_dataset, report
+from datasets import SPLITS, describe_datasets, find_data_dir, read_dataset
 from errors import InputError, smaller, spare_memory, warn
 from evaluation import run_in_order
 from flags import METHODS, PRECISIONS, SAMPLE_DEFAULTS
@@ -206,7 +206,7 @@ def read_inputs(flags, typed, config=None):
         check_same_files(config["data"], data_hashes, files)
         before = config["weights"]["sha256"]
         check_same_files(before, weight_hashes, {name: weights / name for name in before | weight_hashes})
-    print("\n".join(report(data)))
+    print("\n".join(describe_datasets(data)))
     return Inputs(flags, weights, tasks, data, data_hashes, weight_hashes)
 
 

@@ -504,8 +504,8 @@ MUTANTS = [
         (
             "datasets-share-width",
             "datasets.py",
-            "self.widths(all_rows)",
-            "self.widths(rows)",
+            "max(len(ids) for ids, _ in column)",
+            "max(len(ids) for ids, _ in column[positions])",
             "A process pads its share to its own longest row instead of that of the whole batch.",
             "parallel:share parallel",
         ),
