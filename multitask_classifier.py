@@ -263,7 +263,8 @@ def phase_steps(parts, phase, position):
     if settings.all_tasks:
         order = all_tasks_order(counts)
     else:
-        (k, n), rng = phase.part, generator(settings.seed, "order", position)
+        k, n = phase.part
+        rng = generator(settings.seed, "order", position)
         order = [[pair] for pair in SAMPLERS[settings.sampler](counts, k / max(1, n - 1), rng)]
     # e.g. alternating exits: batches 0, 2, 4 of a task train the last exit, batches 1, 3, 5 all exits
     cycle = phase.exit_weights
