@@ -1,7 +1,7 @@
 """Combine the tasks' gradients into one update: sum, PCGrad, GradVac.
 
 Tasks that share a BERT pull its parameters in different directions. With g_i the gradient of task i, two tasks
-conflict if cos(g_i, g_j) = g_i.g_j / (|g_i| |g_j|) < 0, because each of them then undoes a part of the other's step.
+conflict if cos(g_i, g_j) = g_i.g_j / (|g_i| |g_j|) < 0: each of them then undoes a part of the other's step.
 
     Sum      g = sum_i g_i
     PCGrad   remove from g_i its component against g_j:
@@ -22,7 +22,8 @@ computes the same update.
 
 Source: Yu et al. (2020), Algorithm 1 (PCGrad); Wang et al. (2021), Algorithm 1 (GradVac);
 SMARTer BERT 6.3 proposes both as future work.
-Differs: GradVac's paper groups the parameters by layer or matrix. Here, as in PCGrad, the shared ones are one vector.
+Differs: GradVac's paper compares gradients by layer or by matrix. Here, as in PCGrad, g_i is one vector of all shared
+parameters.
 """
 
 from itertools import combinations, combinations_with_replacement
@@ -63,10 +64,10 @@ class Sum(Combiner):
 
 
 def dot_products(gradients, count):
-    """Dot products of the tasks' gradients over all parameters: in each one's precision, then summed in float64.
+    """Dot products of the tasks' gradients: one for each parameter in its own precision, their sum in float64.
 
     `gradients` holds one tuple per parameter: a tensor or None for each of the `count` tasks.
-    Shapes: [count,count].
+    Shapes: returns [count,count].
     """
     pairs, dots = [], []
     for tensors in gradients:
