@@ -208,7 +208,7 @@ def make_lhuc(config, size, generator):
 class Kind:
     """One kind of adapter: where it sits and how it is built. `size` is a number of units, or None for the default."""
 
-    places: tuple  # the sites of a layer that get a module each
+    sites: tuple  # those of SITES that get a module each
     make: Callable  # (config, size, generator) -> module(output, context)
     make_shared: Callable | None = None  # (config, size, generator) -> the module that a task's layers share
     layer_norms: bool = False  # whether BERT's LayerNorms train with it
@@ -271,7 +271,7 @@ def make_adapters(config, task_names, kinds, size=None, generator=None):
     ordered = sorted((kind for kind in KINDS if kind in kinds), key=lambda kind: KINDS[kind].addable)
 
     def make_site(site):
-        chosen = [kind for kind in ordered if site in KINDS[kind].places]
+        chosen = [kind for kind in ordered if site in KINDS[kind].sites]
         return nn.ModuleDict({kind: KINDS[kind].make(config, size, generator) for kind in chosen})
 
     def make_task():

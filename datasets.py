@@ -357,7 +357,7 @@ def read_dataset(task, path, tokenizer, max_length=512, labelled=True):
             f"above {MAX_UNUSABLE:.0%}: correct the file"
         )
     ids = np.fromiter((hash(dataset.ids[row].tobytes()) for row in range(len(dataset))), np.int64, len(dataset))
-    # np.delete leaves the rows that do not have the first occurrence of an id
+    # np.unique finds the first row of each id, np.delete leaves the other rows
     warn_rows(path, np.delete(lines, np.unique(ids, return_index=True)[1]), "have the id of an earlier row")
     if labelled:
         warn_rows(path, np.delete(lines, dataset.usable), "have no label or an empty text and are left out")

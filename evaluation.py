@@ -102,12 +102,12 @@ def run_in_order(model, data, rows, function, batch_size, precision, show_bar):
     return tuple(torch.cat(parts).cpu() for parts in zip(*gather_batches(results), strict=True))
 
 
-def run_batches(model, data, rows, *settings):
+def run_batches(model, data, rows, *arguments):
     """Call run_in_order on the rows sorted by length; return the results in the order of `rows`."""
     # longest rows first: batches have little padding, and if memory runs out, it does so at the first batch
     order = np.argsort(-data.lengths()[rows], kind="stable")  # [n]
     back = np.argsort(order)  # the inverse permutation: result back[i] belongs to row i
-    return tuple(result[back] for result in run_in_order(model, data, rows[order], *settings))
+    return tuple(result[back] for result in run_in_order(model, data, rows[order], *arguments))
 
 
 def predict(model, data, rows=None, batch_size=32, infer=AtExit(), precision=nullcontext, show_bar=False):

@@ -66,7 +66,7 @@ class Optimizer(torch.optim.Optimizer):
                 if not state:
                     state["step"] = 0
                     state |= {name: torch.zeros_like(parameter) for name in self.state_names}
-                state["step"] += 1  # a count per parameter: SLF adds layers late, and bias correction starts with them
+                state["step"] += 1  # a count per parameter: a head has gradients only in the steps of its task
                 tensors = [parameter, parameter.grad, *(state[name] for name in self.state_names)]
                 by_count.setdefault(state["step"], []).append(tensors)
             for t, of_parameters in by_count.items():
@@ -187,7 +187,7 @@ def linear(progress, warmup=0.0):
     Source: Devlin et al. 2019, appendix A.2.
     """
     if progress <= warmup:
-        return constant(progress, warmup)
+        return constant(progress, warmup)  # the same rise
     return (1 - progress) / (1 - warmup)
 
 
@@ -197,7 +197,7 @@ def cosine(progress, warmup=0.0):
     Source: Loshchilov and Hutter 2017, equation 5, without restarts.
     """
     if progress <= warmup:
-        return constant(progress, warmup)
+        return constant(progress, warmup)  # the same rise
     return 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
 
 

@@ -386,7 +386,7 @@ def read_lower_case_setting(path, vocab):
     do_lower_case = config.get("do_lower_case", True)
     if not isinstance(do_lower_case, bool):
         raise InputError(f"{path}: do_lower_case is {do_lower_case!r}; set it to true or false")
-    # BERT removes accents exactly if it removes capitals; null means "as do_lower_case"
+    # an uncased BERT removes accents too, a cased one keeps them; null means "as do_lower_case"
     if config.get("strip_accents") not in (None, do_lower_case):
         raise InputError(f"{path}: strip_accents differs from do_lower_case; set it to null")
     if not config.get("tokenize_chinese_chars", True):
