@@ -1,7 +1,7 @@
 """Combine the tasks' gradients into one update: sum, PCGrad, GradVac.
 
 Tasks that share a BERT pull its parameters in different directions. With g_i the gradient of task i, two tasks
-conflict if cos(g_i, g_j) = g_i.g_j / (|g_i| |g_j|) < 0: each of them then undoes a part of the other's step.
+conflict if cos(g_i, g_j) = g_i.g_j / (|g_i| |g_j|) < 0, because each of them then undoes a part of the other's step.
 
     Sum      g = sum_i g_i
     PCGrad   remove from g_i its component against g_j:
