@@ -1,19 +1,19 @@
 """Adapters: small task-specific modules in every layer of a shared BERT.
 
 All tasks share BERT, the backbone. What is particular to a task is learned by few parameters inside the layers. Each
-kind leaves the layer unchanged before training:
+kind leaves the layer unchanged before training. h is the input of the layer, y an output inside it:
 
-    bottleneck   h + W_D GELU(W_E h + b_E) + b_D      W_E [m,d], W_D [d,m], m << d; W_D, b_E, b_D start at 0
+    bottleneck   y + W_D GELU(W_E y + b_E) + b_D      W_E [m,d], W_D [d,m], m << d; W_D, b_E, b_D start at 0
         before   ... on the feed-forward sub-layer's output, before the residual and LayerNorm
         after    ... on the layer's output, after its last LayerNorm
         houlsby  ... on the outputs of both sub-layers, before the residual; all LayerNorms train too
     pal          LN(x + FFN(x) + V_D g(V_E h))        V_E [m,d], V_D [d,m]; g is attention of width m
     lora         W h + b + (alpha / r) B A h          A [r,d], B [d,r], r << d; on query and value; B starts at 0
-    lhuc         h * 2 sigmoid(r)                     r [d] starts at 0; scales every unit of the layer's output
+    lhuc         y * 2 sigmoid(r)                     r [d] starts at 0; scales every unit of the layer's output
 
 In a PAL, x = LN(h + MH(h)), so without its last term it is the ordinary layer. g lets every token read all tokens. The
-PAL runs beside the layer, the bottlenecks run within it. The V_E and V_D of a task serve all layers; the query, key
-and value of g belong to one layer. LHUC may be added to any other kind and acts last.
+V_E and V_D of a task serve all layers; the query, key and value of g belong to one layer. LHUC may be added to any
+other kind and acts last.
 
 Sources: layer-level adaptations 2.1, 2.2 and 3.2; Houlsby et al. (2019); Stickland and Murray (2019) for PAL; Hu et al.
 (2021) for LoRA; Swietojanski and Renals (2014) for LHUC.
@@ -208,7 +208,7 @@ def make_lhuc(config, size, generator):
 class Kind:
     """One kind of adapter: where it sits and how it is built. `size` is a number of units, or None for the default."""
 
-    places: tuple  # the sites of a layer that get a module each
+    sites: tuple  # those of SITES that get a module each
     make: Callable  # (config, size, generator) -> module(output, context)
     make_shared: Callable | None = None  # (config, size, generator) -> the module that a task's layers share
     layer_norms: bool = False  # whether BERT's LayerNorms train with it
@@ -271,7 +271,7 @@ def make_adapters(config, task_names, kinds, size=None, generator=None):
     ordered = sorted((kind for kind in KINDS if kind in kinds), key=lambda kind: KINDS[kind].addable)
 
     def make_site(site):
-        chosen = [kind for kind in ordered if site in KINDS[kind].places]
+        chosen = [kind for kind in ordered if site in KINDS[kind].sites]
         return nn.ModuleDict({kind: KINDS[kind].make(config, size, generator) for kind in chosen})
 
     def make_task():
@@ -280,7 +280,7 @@ def make_adapters(config, task_names, kinds, size=None, generator=None):
     layers = nn.ModuleList(
         nn.ModuleDict({name: make_task() for name in task_names}) for _ in range(config.num_hidden_layers)
     )
-    # at most one kind shares a part, since at most one is not addable
+    # at most one of the kinds has a shared part, since no addable kind has one
     makers = [KINDS[kind].make_shared for kind in ordered if KINDS[kind].make_shared]
     shared = nn.ModuleDict({name: make(config, size, generator) for make in makers for name in task_names})
     return Adapters(layers, shared)

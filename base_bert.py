@@ -28,10 +28,10 @@ from errors import InputError
 from files import read_json, write_whole
 from weights import check_vocabulary, find_weight_file, named_folder, read_weights
 
-# the names of config.json, each with its function
+# the values of hidden_act in config.json, each with its function
 ACTIVATIONS = {
     "gelu": nn.functional.gelu,
-    # GELU by a formula with tanh; the hub has two names for it
+    # GELU approximated with tanh; the hub has two names for it
     "gelu_new": functools.partial(nn.functional.gelu, approximate="tanh"),
     "gelu_pytorch_tanh": functools.partial(nn.functional.gelu, approximate="tanh"),
     "relu": nn.functional.relu,
@@ -46,7 +46,7 @@ SIZES = (
     "max_position_embeddings",
     "type_vocab_size",
 )
-# Larger sizes are no BERT's: they are refused before a model of that size needs more memory than there is.
+# Larger sizes are refused, because a model of such a size would need more memory than there is.
 LARGEST, DEEPEST = 2**24, 1000
 # The tokenizer reads these files from the folder of the weights. save_pretrained writes copies of them.
 TOKENIZER_FILES = ("vocab.txt", "tokenizer_config.json")
@@ -66,7 +66,7 @@ class BertConfig:
     """The sizes and constants of a BERT, under the names of the hub's config.json.
 
     Raises: InputError for a value that no BERT can have.
-    Differs: only absolute positions and encoders; other keys of config.json do not change such a model, so they are
+    Differs: only encoders with absolute positions. Other keys of config.json do not change such a model and are
     ignored.
     """
 
@@ -310,8 +310,6 @@ class Dropout(nn.Module):
 def dropout_state(device):
     """Return two functions: they get and set the state of the generator that dropout draws from on a device."""
     if device.type == "cuda":
-        return functools.partial(torch.cuda.get_rng_state, device), functools.partial(
-            torch.cuda.set_rng_state, device=device
-        )
+        return lambda: torch.cuda.get_rng_state(device), lambda state: torch.cuda.set_rng_state(state, device)
     source = torch.mps if device.type == "mps" else torch
     return source.get_rng_state, source.set_rng_state

@@ -191,7 +191,7 @@ class BertModel(BertPreTrainedModel):
         """Turn a mask of 1 (token) and 0 (padding) into the numbers that are added to the attention scores.
 
         Shapes: mask [b,s]; returns [b,1,1,s].
-        Differs: the same finite score in every precision, not the lowest number of the dtype.
+        Differs: transformers adds the lowest number of the dtype; here every dtype has the same finite score.
         """
         # 1 becomes 0 and 0 becomes MASKED_SCORE; the two new dimensions stand for all heads and all queries
         return (1.0 - mask[:, None, None, :].to(dtype)) * MASKED_SCORE

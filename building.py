@@ -20,7 +20,7 @@ from torch import nn
 
 import parallel
 from base_bert import BertConfig
-from datasets import SPLITS, find_data_dir, read_dataset, report
+from datasets import SPLITS, describe_datasets, find_data_dir, read_dataset
 from errors import InputError, smaller, spare_memory, warn
 from evaluation import run_in_order
 from flags import METHODS, PRECISIONS, SAMPLE_DEFAULTS
@@ -199,7 +199,7 @@ def read_inputs(flags, typed, config):
         check_same_files(config["data"], data_hashes, files)
         before = config["weights"]["sha256"]
         check_same_files(before, weight_hashes, {name: weights / name for name in before | weight_hashes})
-    print("\n".join(report(data)))
+    print("\n".join(describe_datasets(data)))
     hashes = {"weights": {"folder": str(weights.resolve()), "sha256": weight_hashes}, "data": data_hashes}
     return Inputs(flags, weights, tasks, data, hashes)
 

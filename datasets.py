@@ -194,24 +194,12 @@ class Dataset:
         # single has one text here, concat two
         return [self.tokenizer.pack(*texts, limit=limit)]
 
-    def widths(self, rows):
-        """Return the length of the longest of these rows, for each segment."""
-        # one array for each text, with one length for each of the rows
-        lengths = [tokens.offsets[rows + 1] - tokens.offsets[rows] for tokens in self.tokens]
-        if self.task.encoding == "concat":
-            return [min(sum(lengths).max(), self.room) + SPECIALS["concat"]]
-        if self.task.encoding == "embed_concat":
-            # truncate_pair cuts a range like a list of tokens; only the lengths of the two parts count here
-            pairs = [truncate_pair(range(a), range(b), self.room) for a, b in zip(*lengths, strict=True)]
-            lengths = [np.array([len(part) for part in column]) for column in zip(*pairs, strict=True)]
-        # every segment has one text, with the special tokens of a single text
-        return [min(column.max(), self.room) + SPECIALS["single"] for column in lengths]
-
     def batch(self, rows, positions=slice(None)):
         """Make a Batch of these rows, in their order.
 
         If several processes share a batch, each process passes the rows of the entire batch, and the positions of its
-        own rows among them. Every process pads to the longest row of the entire batch, so that all have equal widths.
+        own rows among them (a slice). Every process pads to the longest row of the entire batch, so that all have equal
+        widths.
         """
         all_rows = np.asarray(rows, dtype=np.int64)
         rows = all_rows[positions]
@@ -221,9 +209,10 @@ class Dataset:
             features = self.features[torch.from_numpy(rows)]
         else:
             # turn a list of segments for each row into a list of rows for each segment
-            by_segment = zip(*(self.pack(row) for row in rows), strict=True)
-            sizes = zip(by_segment, self.widths(all_rows), strict=True)
-            segments = tuple(pad(sequences, self.tokenizer.pad_id, width) for sequences, width in sizes)
+            for column in zip(*map(self.pack, all_rows), strict=True):
+                # of the entire batch; pad gets only this process's rows
+                width = max(len(ids) for ids, _ in column)
+                segments += (pad(column[positions], self.tokenizer.pad_id, width),)
         # [b]; the loss compares in float32
         labels = torch.from_numpy(self.labels[rows].astype(np.float32))
         ids = tuple(self.identifier(row) for row in rows)
@@ -368,7 +357,7 @@ def read_dataset(task, path, tokenizer, max_length=512, labelled=True):
             f"above {MAX_UNUSABLE:.0%}: correct the file"
         )
     ids = np.fromiter((hash(dataset.ids[row].tobytes()) for row in range(len(dataset))), np.int64, len(dataset))
-    # np.delete leaves the rows that do not have the first occurrence of an id
+    # np.unique finds the first row of each id, np.delete leaves the other rows
     warn_rows(path, np.delete(lines, np.unique(ids, return_index=True)[1]), "have the id of an earlier row")
     if labelled:
         warn_rows(path, np.delete(lines, dataset.usable), "have no label or an empty text and are left out")
@@ -395,7 +384,7 @@ def find_data_dir(data_dir, wanted, may_be_sample=True, default="data"):
     raise InputError(f"{folder}: missing {', '.join(missing)}: get them with ./setup.sh --data, or give --data_dir")
 
 
-# --- the report ---------------------------------------------------------------------------------------------------
+# --- a description ------------------------------------------------------------------------------------------------
 
 
 def fingerprints(dataset):
@@ -403,7 +392,7 @@ def fingerprints(dataset):
     return np.fromiter((hash(dataset.text(row)) for row in range(len(dataset))), np.int64, len(dataset))
 
 
-def report(datasets):
+def describe_datasets(datasets):
     """Describe {task name: {split: Dataset}} in lines of text.
 
     The lines contain the numbers of rows, their lengths in tokens, the shares of the labels, the numbers of truncated

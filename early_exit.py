@@ -1,7 +1,8 @@
 """Early exit: a classifier after every layer, and inference that leaves at the first exit that is sure enough.
 
-Many inputs do not need every layer. After layer i, exit i predicts with a pooler and heads of its own (g_i below).
-Training adds up the losses of all exits (BERTer 3.3, after DeeBERT and BERxiT):
+Many inputs do not need every layer. After layer i, exit i predicts with a pooler and heads of its own. h_i is the
+vector that its head sees, g_i(h_i) its prediction. Training adds up the losses of all exits (BERTer 3.3, after DeeBERT
+and BERxiT):
 
     loss = sum_i w_i (L_i + J_i)        L_i = H(y, g_i(h_i)) is the task's loss at exit i, w_i the exit's weight
 
@@ -14,15 +15,15 @@ the last exit leaves there. There are two kinds of certainty:
     LTE          "learning to exit": u_i = sigmoid(c . h_i + b), with one (c, b) per task for all its exits
 
 --early_exit trains u_i with J_i = (u_i - t_i)^2, for every task. The target t_i is 1 where g_i is right, else 0. For
-a regression it is 1 - tanh(|g_i - y| / scale). J_i trains (c, b) and, through h_i, BERT. It does not train the heads,
-because no gradient passes through t_i.
+a regression it is 1 - tanh(|g_i - y| / scale). J_i trains (c, b) and, through h_i, the pooler and BERT. It does not
+train the heads, because no gradient passes through t_i.
 
 The thresholds are chosen on dev. A threshold looks better on the rows that chose it than on new rows. So dev is cut
 into FOLDS parts, and the rows of each part are scored with thresholds that were chosen on the other parts.
 
-Differs: BERTer has no scale. Labels go from 0 to 5, and tanh(2) is almost tanh(5), so the scale is half the range of
-the labels: the largest error is at tanh(2). h_i is the vector that the head sees. BERxiT's published code trains the
-opposite, the probability to go on, and leaves below a threshold.
+Differs: BERTer has no scale. Its labels go from 0 to 5, and tanh(2) is almost tanh(5). Here the scale is half the
+range of the labels, so that the largest error gives tanh(2). In the paper h_i is the hidden state of [CLS]. BERxiT's
+published code trains the opposite, the probability to go on, and leaves below a threshold.
 """
 
 import copy
@@ -44,7 +45,7 @@ UNREACHABLE = 1.01
 POOLED_BATCHES = 4
 # candidates for a threshold cut the sorted certainties into this many equal parts; more would fit the noise of dev
 CANDIDATES = 50
-# what one layer may cost, in units of the score, the highest price first
+# the prices of a layer that choose_thresholds tries, in units of the score, the highest first
 PRICES = (*np.geomspace(1.0, 1e-6, 200), 0.0)
 # share of the mean score that the thresholds may lose on the rows that choose them
 ALLOWED_LOSS = 0.005
@@ -150,7 +151,7 @@ class DistillLoss(LossTerm):
         return total
 
 
-# --- exit weights: depth L -> a cycle of {exit: weight}; a task's batches take its entries by turns ---------------
+# --- exit weights: depth L -> a cycle of {exit: weight}; the batches of a task take its entries in turn -----------
 
 
 def weigh_joint(depth):
@@ -168,7 +169,7 @@ def weigh_deeper(depth):
 
 
 def weigh_alternating(depth):
-    """By turns one batch trains the last exit alone and the next one all exits. Source: BERxiT."""
+    """One batch trains the last exit alone, the next one all exits, and so on. Source: BERxiT."""
     return ({depth: 1.0}, *weigh_joint(depth))
 
 
@@ -248,7 +249,7 @@ class Unfinished:
         """The hidden states (None before layer 1) and masks of p rows, and the columns kept. Shapes: c of s columns."""
         used = tuple(mask[part].any(0) for mask in self.masks)  # [s]: columns with a token of some row
         masks = tuple(mask[part, columns] for mask, columns in zip(self.masks, used, strict=True))  # [p,c]
-        hidden = self.hidden and tuple(h[part, columns] for h, columns in zip(self.hidden, used, strict=True))
+        hidden = tuple(h[part, columns] for h, columns in zip(self.hidden, used, strict=True)) if self.hidden else None
         return hidden, masks, used
 
     def keep(self, part, stays, hidden, used):
@@ -307,7 +308,7 @@ class ExitInference:
                 if i < model.depth:
                     unfinished.keep(part, (~leaves).nonzero().squeeze(-1), hidden, used)
         rows, outputs, layers = (torch.cat(pieces) for pieces in zip(*left, strict=True))
-        order = rows.argsort()  # rows left in any order; put them back into the batch's
+        order = rows.argsort()  # back into the order of the batch
         return outputs[order], layers[order]
 
 
@@ -483,12 +484,12 @@ def conflicts(flags, typed):
 
 
 def needs(flags):
-    """Both flags need an exit after every layer."""
+    """--early_exit and every --exit_loss but the default need an exit after every layer."""
     return {"exits"} if flags["early_exit"] or flags["exit_loss"] != "joint" else set()
 
 
 def terms(flags, model, noise):
-    """The loss terms that are on."""
+    """The loss terms of the LTE and of self-distillation, if they are on."""
     on = {"lte": LTELoss()} if flags["early_exit"] else {}
     return on | ({"distill": DistillLoss()} if flags["exit_loss"] == "distilled" else {})
 

@@ -8,8 +8,8 @@ The dev score of a run is a mean over its tasks, in two versions. Never compare 
 The main metric is accuracy for classes and Pearson's r for a similarity (tasks.py), so r enters norm as (r + 1) / 2.
 The best model of a run is the one with the highest norm at full depth.
 
-A model that predicts the same class for every row scores like the majority class, which is easily missed (BERTer
-5.1). So every evaluation also reports the predicted classes and warns of a collapse.
+A model that predicts the same class for every row may score as high as the majority class, which is easily missed
+(BERTer 5.1). So every evaluation also reports the predicted classes and warns of a collapse.
 """
 
 import csv
@@ -93,7 +93,7 @@ def run_in_order(model, data, rows, function, batch_size, precision, show_bar):
     model.eval()
     results = []
     starts = deal(range(0, len(rows), batch_size))
-    # one autocast context for all batches casts the weights once; torch's inference mode would cast them every time
+    # one autocast context for all batches casts the weights once (under inference_mode it would in every batch)
     with precision():
         for start in tqdm(starts, f"predict {data.task.name}", disable=not show_bar, leave=False):
             batch = data.batch(rows[start : start + batch_size]).to(device)
@@ -102,12 +102,12 @@ def run_in_order(model, data, rows, function, batch_size, precision, show_bar):
     return tuple(torch.cat(parts).cpu() for parts in zip(*gather_batches(results), strict=True))
 
 
-def run_batches(model, data, rows, *settings):
+def run_batches(model, data, rows, *arguments):
     """Call run_in_order on the rows sorted by length; return the results in the order of `rows`."""
-    # longest rows first: batches have little padding, and if memory runs out, then at the first batch
+    # longest rows first: batches have little padding, and if memory runs out, it does so at the first batch
     order = np.argsort(-data.lengths()[rows], kind="stable")  # [n]
     back = np.argsort(order)  # the inverse permutation: result back[i] belongs to row i
-    return tuple(result[back] for result in run_in_order(model, data, rows[order], *settings))
+    return tuple(result[back] for result in run_in_order(model, data, rows[order], *arguments))
 
 
 def predict(model, data, rows=None, batch_size=32, infer=AtExit(), precision=nullcontext, show_bar=False):
@@ -146,7 +146,7 @@ def predict_exits(model, data, rows=None, batch_size=32, precision=nullcontext, 
 
 
 def measure(metrics, values, labels):
-    """{metric's name: number}; a metric that is there twice is computed once."""
+    """{metric's name: number}; a metric that is listed twice is computed once."""
     return {metric.name: metric.function(values, labels) for metric in dict.fromkeys(metrics)}
 
 
@@ -217,7 +217,7 @@ def evaluate(model, datasets, **options):
 def fit_decision_threshold(scores, labels):
     """The decision threshold with the best accuracy, in the middle between two scores. Shapes: scores, labels [n].
 
-    It is fitted on training rows, for a cosine: with a threshold of cos > 0 a model predicts 1 for almost every pair.
+    A cosine needs it: at cos > 0 a model predicts 1 for almost every pair. It is fitted on training rows.
     """
     order = np.argsort(scores, kind="stable")
     scores, labels = np.asarray(scores, np.float64)[order], np.asarray(labels)[order]
@@ -289,7 +289,8 @@ def eval_rows(name, loader, model, device):
         names = [f"{key}{k}" for k in ("", "_1", "_2") for key in ("token_ids", "attention_mask")]
         inputs = [batch[name].to(device) for name in names if name in batch]
         values += decode(getattr(model, method)(*inputs)).flatten().tolist()
-        ids, labels = ids + batch["sent_ids"], labels + batch["labels"].tolist() if "labels" in batch else []
+        labels += batch["labels"].tolist() if "labels" in batch else []
+        ids += batch["sent_ids"]
         texts += batch["sents"]
     score = TASKS[name].metric.function(values, labels) if labels else None
     return score, values, ids, labels, texts
@@ -307,13 +308,15 @@ def model_eval_multitask(sentiment_dataloader, paraphrase_dataloader, sts_datalo
 
     Differs: a constant similarity has correlation 0, not NaN.
     """
-    loaders = (paraphrase_dataloader, sentiment_dataloader, sts_dataloader)
-    return sum((eval_rows(*pair, model, device)[:3] for pair in zip(SKELETON, loaders, strict=True)), ())
+    loaders = {"para": paraphrase_dataloader, "sst": sentiment_dataloader, "sts": sts_dataloader}
+    results = [eval_rows(name, loader, model, device)[:3] for name, loader in loaders.items()]
+    return sum(results, ())  # one tuple of nine
 
 
 def model_eval_test_multitask(*arguments):
     """Return predictions and ids of Quora, SST and STS, for rows without labels. Source: the course's evaluation.py."""
-    return tuple(x for i, x in enumerate(model_eval_multitask(*arguments)) if i % 3)
+    _, para, para_ids, _, sst, sst_ids, _, sts, sts_ids = model_eval_multitask(*arguments)
+    return para, para_ids, sst, sst_ids, sts, sts_ids
 
 
 def test_model_multitask(args, model, device):

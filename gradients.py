@@ -22,7 +22,8 @@ computes the same update.
 
 Source: Yu et al. (2020), Algorithm 1 (PCGrad); Wang et al. (2021), Algorithm 1 (GradVac);
 SMARTer BERT 6.3 proposes both as future work.
-Differs: GradVac's paper groups the parameters by layer or matrix. Here, as in PCGrad, the shared ones are one vector.
+Differs: GradVac's paper compares gradients by layer or by matrix. Here, as in PCGrad, g_i is one vector of all shared
+parameters.
 """
 
 from itertools import combinations, combinations_with_replacement
@@ -63,10 +64,10 @@ class Sum(Combiner):
 
 
 def dot_products(gradients, count):
-    """Dot products of the tasks' gradients over all parameters: in each one's precision, then summed in float64.
+    """Dot products of the tasks' gradients: one for each parameter in its own precision, their sum in float64.
 
     `gradients` holds one tuple per parameter: a tensor or None for each of the `count` tasks.
-    Shapes: [count,count].
+    Shapes: returns [count,count].
     """
     pairs, dots = [], []
     for tensors in gradients:

@@ -115,7 +115,7 @@ class MultitaskBERT(nn.Module):
     def embed(self, batch):
         """The embeddings that enter layer 1, one tensor per encoder pass. Shapes: tuple of [b,s,d]."""
         embeds = tuple(self.bert.embed(ids, segment_ids) for ids, _, segment_ids in batch.segments)
-        # embed_concat: both texts are embedded apart, then enter layer 1 as one sequence, [b,s_1+s_2,d]
+        # embed_concat: the two texts are embedded separately and enter layer 1 as one sequence, [b,s_1+s_2,d]
         return (torch.cat(embeds, dim=1),) if batch.task.encoding == "embed_concat" else embeds
 
     def masks(self, batch):
@@ -138,10 +138,7 @@ class MultitaskBERT(nn.Module):
         return heads[task.name](self.dropout(state) if task.objective.head_dropout else state)
 
     def encode(self, hidden, masks, task, start=0, stop=None):
-        """Run layers start + 1 .. stop over every encoder pass, yielding (i, hidden) after layer i.
-
-        Shapes: hidden: one [b,s,d] per pass.
-        """
+        """Run layers start + 1 .. stop, yielding (i, hidden) after layer i. Shapes: hidden: one [b,s,d] per pass."""
         passes = [self.bert.encode(h, m, task.name, start, stop) for h, m in zip(hidden, masks, strict=True)]
         for states in zip(*passes, strict=True):  # one (i, h) per pass, all after the same layer
             yield states[0][0], tuple(h for _, h in states)
@@ -156,7 +153,9 @@ class MultitaskBERT(nn.Module):
             logits = {self.depth: self.head(self.depth, batch.features, task)}
             return Outputs((), {self.depth: batch.features}, logits, None)
         embeds = embeds or self.embed(batch)
-        rng, masks, states, logits = dropout_state(embeds[0].device)[0](), self.masks(batch), {}, {}
+        get_state, _ = dropout_state(embeds[0].device)
+        rng, masks = get_state(), self.masks(batch)
+        states, logits = {}, {}
         for i, hidden in self.encode(embeds, masks, task, 0, max(exits)):
             if i in exits:
                 states[i] = self.state(i, hidden, masks, task)  # [b,w]
@@ -213,7 +212,7 @@ def predict_texts(model, name, *segments):
     else:
         # segment ids: 1 for the second text of embed_concat, 0 otherwise
         second = int(task.encoding == "embed_concat")
-        packed = [(i, mask, torch.full_like(i, k * second)) for k, (i, mask) in enumerate(segments)]  # [b,s] each
+        packed = [(x, mask, torch.full_like(x, k * second)) for k, (x, mask) in enumerate(segments)]  # [b,s] each
     batch = Batch(task, tuple(packed), None, tuple(range(len(ids))))
     return model(batch).logits[model.depth]
 
@@ -246,9 +245,9 @@ def set_trainable(model, phase, allowed):
 def phase_steps(parts, phase, position):
     """The steps of a phase that starts after `position` epochs: a pure function of seed and position.
 
-    A step is a list of (task, batches, exit weights), one for each task in it. Its batches are arrays of rows: one,
-    or `accumulate` of them. Step k of a task takes entry k of the phase's cycle of exit weights, and starts the cycle
-    again at its end. So each task uses all entries, in any task order.
+    A step is a list of (task, batches, exit weights), one for each task in it. The batches are arrays of rows: one,
+    or `accumulate` of them. The exit weights go round the phase's cycle, for each task by itself. So each task uses
+    all entries of the cycle, in any task order.
     """
     settings, batches = parts.settings, {}
     sizes = {name: len(rows) for name, rows in parts.rows.items()}
@@ -257,13 +256,14 @@ def phase_steps(parts, phase, position):
         rows, rng = parts.rows[name][chosen], generator(settings.seed, "batches", name, position)
         size = settings.batch_size * parallel.world_size()
         lengths = parts.data[name]["train"].lengths()[rows]
-        # the rows of one optimiser step each, of similar length, in random order
+        # each group has the rows of one optimiser step, of similar length; the groups are in random order
         groups = [rows[group] for group in bucketed_batches(lengths, size * settings.accumulate, rng)]
         batches[name] = [[group[i : i + size] for i in range(0, len(group), size)] for group in groups]
-    counts, (k, n) = {name: len(groups) for name, groups in batches.items()}, phase.part
+    counts = {name: len(groups) for name, groups in batches.items()}
     if settings.all_tasks:
         order = all_tasks_order(counts)
     else:
+        k, n = phase.part
         rng = generator(settings.seed, "order", position)
         order = [[pair] for pair in SAMPLERS[settings.sampler](counts, k / max(1, n - 1), rng)]
     # e.g. alternating exits: batches 0, 2, 4 of a task train the last exit, batches 1, 3, 5 all exits
@@ -326,7 +326,7 @@ def evaluate_dev(parts, exit_layer):
 
 
 def send(plan, score):
-    """The plan's next phase, or None at its end."""
+    """Send the plan the score of its last phase; return its next phase, or None at its end."""
     try:
         return plan.send(score)
     except StopIteration:
@@ -334,22 +334,23 @@ def send(plan, score):
 
 
 def train(parts, recorder):
-    """Train: the phases of the plan, and the steps of each.
+    """Train the phases of the plan, step by step.
 
-    The recorder saves, logs and handles signals. Where it continues a stopped run, its history is that run's.
+    The recorder saves, logs and handles signals. If it resumes a stopped run, its history has that run's scores.
     """
     plan = parts.plan()
     phase = next(plan)
     for norm in recorder.history.scores:  # the phases that a resumed run has finished
         phase = send(plan, norm)
-    optimizer = trained = None  # made anew whenever other parameters train
+    optimizer = trained = None
     while phase is not None:
         parameters = set_trainable(parts.model, phase, parts.trainable)
         # the optimiser's state lives as long as the same parameters train
         if list(parameters) != trained:
             optimizer, trained = parts.make_optimizer(parameters), list(parameters)
         terms = {name: term for name, term in parts.terms.items() if not isinstance(term, phase.without)}
-        steps, (k, n) = phase_steps(parts, phase, recorder.history.epochs), phase.part
+        steps = phase_steps(parts, phase, recorder.history.epochs)
+        k, n = phase.part
         for done, step in recorder.before_phase(phase, steps, optimizer, trained):
             # the middle of the step, so that neither the first nor the last step has a learning rate of 0
             progress = (k + (done + 0.5) / len(steps)) / n
@@ -376,7 +377,7 @@ def make_model(flags, tasks, bert):
 
 
 def train_run(folder, flags, typed):
-    """Read everything a training run needs, make its directory, and train."""
+    """Read everything a training run needs, make its directory, and train. Returns 130 if interrupted."""
     config = None
     if flags["resume"]:
         config = folder.config()
@@ -447,7 +448,7 @@ def load_run(path, device, changes=None):
 
 
 def evaluate_run(folder, flags, typed):
-    """--option evaluate: score a saved run on its dev data, write its predictions beside those of the training."""
+    """--option evaluate: score a saved run on its dev data, and write its predictions to the folder evaluate/."""
     free = EVALUATE_FLAGS | file_flags()
     for name in typed - free - {"option", "run_dir", "early_exit"}:
         raise InputError(f"--{name}: belongs to training; --option evaluate takes it from the run")
@@ -465,7 +466,7 @@ def evaluate_run(folder, flags, typed):
     for name, path in files.items():
         if sha256(path) not in (config["data"].get(name), config["data"].get(path.name)):
             print(f"note: {path} is not a file of the training run: do not compare its scores with that run's")
-    # compiling the layers takes longer than the evaluation; features of a frozen BERT are of no use for one pass
+    # no compiled layers and no cached features (option pretrain): for a single pass over the data neither pays
     parts = building.build(
         run.flags | {"option": "finetune", "compile": False, "train_rows": None}, run.model, data, device, {}
     )

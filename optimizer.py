@@ -27,8 +27,8 @@ class Optimizer(torch.optim.Optimizer):
     """The loop over the parameters. It skips a parameter that has no gradient: neither value nor state changes.
 
     A subclass names in `state_names` the tensors that it keeps for each parameter between steps. `learning_rates` are
-    its defaults of --lr: {what is trained: (for a small BERT, for a larger one)}. Its `check(group)`
-    raises InputError for bad settings. Its `update` is the rule for one parameter.
+    its defaults of --lr: {what is trained: (for a small BERT, for a larger one)}. Its `update` is the rule for one
+    parameter. Its `check(group)` raises InputError for bad settings other than lr and weight_decay.
 
     On a CPU `update` receives tensors, elsewhere lists of tensors with the same methods: see Tensors at the end of the
     file.
@@ -36,12 +36,18 @@ class Optimizer(torch.optim.Optimizer):
 
     state_names = ()
 
+    def check(self, group):
+        """Refuse bad values of the settings that only this rule has."""
+
     def add_param_group(self, param_group):
         """Add parameters with settings of their own.
 
         Raises: InputError for settings out of range.
         """
-        self.check({**self.defaults, **param_group})
+        settings = {**self.defaults, **param_group}
+        check_setting("lr", settings["lr"])
+        check_setting("weight_decay", settings["weight_decay"])
+        self.check(settings)
         super().add_param_group(param_group)
 
     @torch.no_grad()
@@ -60,7 +66,7 @@ class Optimizer(torch.optim.Optimizer):
                 if not state:
                     state["step"] = 0
                     state |= {name: torch.zeros_like(parameter) for name in self.state_names}
-                state["step"] += 1  # a count per parameter: SLF adds layers late, and bias correction starts with them
+                state["step"] += 1  # a count per parameter: a head has gradients only in the steps of its task
                 tensors = [parameter, parameter.grad, *(state[name] for name in self.state_names)]
                 by_count.setdefault(state["step"], []).append(tensors)
             for t, of_parameters in by_count.items():
@@ -92,8 +98,6 @@ class AdamW(Optimizer):
         super().__init__(params, defaults)
 
     def check(self, group):
-        check_setting("lr", group["lr"])
-        check_setting("weight_decay", group["weight_decay"])
         check_setting("betas[0]", group["betas"][0], below=1)
         check_setting("betas[1]", group["betas"][1], below=1)
         check_eps(group["eps"])
@@ -132,8 +136,6 @@ class RMSprop(Optimizer):
         super().__init__(params, dict(lr=lr, gamma=gamma, eps=eps, weight_decay=weight_decay))
 
     def check(self, group):
-        check_setting("lr", group["lr"])
-        check_setting("weight_decay", group["weight_decay"])
         check_setting("gamma", group["gamma"], below=1)
         check_eps(group["eps"])
 
@@ -158,10 +160,6 @@ class SGD(Optimizer):
 
     def __init__(self, params, lr=1e-3, weight_decay=0.0):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay))
-
-    def check(self, group):
-        check_setting("lr", group["lr"])
-        check_setting("weight_decay", group["weight_decay"])
 
     @staticmethod
     def update(p, g, t, group):
@@ -189,7 +187,7 @@ def linear(progress, warmup=0.0):
     Source: Devlin et al. 2019, appendix A.2.
     """
     if progress <= warmup:
-        return constant(progress, warmup)
+        return constant(progress, warmup)  # the same rise
     return (1 - progress) / (1 - warmup)
 
 
@@ -199,7 +197,7 @@ def cosine(progress, warmup=0.0):
     Source: Loshchilov and Hutter 2017, equation 5, without restarts.
     """
     if progress <= warmup:
-        return constant(progress, warmup)
+        return constant(progress, warmup)  # the same rise
     return 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
 
 

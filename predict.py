@@ -28,7 +28,7 @@ from tasks import TASKS
 
 
 def make_parser():
-    """The command line."""
+    """The parser of the command line."""
     parser = Parser(description=__doc__.splitlines()[0], epilog="Without TEXT and --file, standard input is read.")
     parser.add_argument("run", type=filled, help="run directory")
     parser.add_argument("task", choices=tuple(TASKS), help="which of the run's tasks")
@@ -46,10 +46,9 @@ def make_parser():
 
 def collect(task, rows, tokenizer, max_length):
     """A dataset of texts without labels, one tuple of texts per row."""
-    # the dataset of a file without labels, made of texts instead: a label that is missing is NaN
     dataset = Dataset(task, None, tokenizer, max_length)
     for number, texts in enumerate(rows, start=1):
-        dataset.add(str(number), [text.strip() for text in texts], math.nan)
+        dataset.add(str(number), [text.strip() for text in texts], math.nan)  # NaN: without a label
     return dataset.freeze()
 
 

@@ -16,8 +16,8 @@ Task order. `sequential` trains one task after the other, as BERTer's baseline d
 interleave the same batches. `proportional`, `sqrt` and `annealed` draw the task of each step with probability
 p ~ N^alpha (alpha 1, 1/2, and 1 - .8 (e-1)/(E-1) in epoch e of E; Stickland and Murray 2019). Then a task's batches
 may be used more than once or not at all in an epoch, while the number of steps stays the same. N is the number of
-batches that the split leaves a task. With the split `equal` the three orders hardly differ: they are meant for `full`.
-The order `proportional` and the split `proportional` are two things.
+batches that the split leaves a task. With the split `equal` these three hardly differ: they are meant for `full`. The
+order `proportional` has nothing to do with the split of that name.
 """
 
 import math
@@ -90,7 +90,7 @@ def round_robin(steps, progress, rng):
 def number_batches(order, steps):
     """Give each entry of a sequence of tasks the task's next batch, the first one again after the last."""
     used, numbered = dict.fromkeys(steps, 0), []
-    for name in map(str, order):
+    for name in map(str, order):  # numpy draws strings of its own type
         numbered.append((name, used[name] % steps[name]))
         used[name] += 1
     return numbered

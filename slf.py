@@ -9,8 +9,8 @@ So a plan may choose by the scores that it receives, as Smart Alternating does. 
 score is None. A plan sees nothing else: no model, no clock, no random numbers. A resumed run sends the recorded scores
 to a fresh plan and is back where it stopped.
 
-There are L layers. h_i is the state after layer i, g_i its exit, L_i = H(y, g_i(h_i)) the loss of exit i, and w_i the
-weight of that loss. A plan chooses for each phase which L_i count and what trains:
+There are L layers. L_i is the loss of exit i, the classifier after layer i, and w_i the weight of that loss. A plan
+chooses for each phase which L_i count and what trains:
 
     plain                    sum_i w_i L_i                       everything, in every epoch
     Sequential Layer Focus   L_1, then L_2, ..., then L_L        layer i and exit i; then a second plan for everything
@@ -87,8 +87,8 @@ class Phase:
     part: tuple = (0, 1)
     keep: bool = True  # whether the model after this phase may be kept as the best one
     without: tuple = ()  # classes of the loss terms that do not count
-    # whether dev is scored at the last of the phase's exits although its model is not kept. Then the plan receives
-    # that score; otherwise it receives None
+    # with keep=False: whether dev is scored all the same, at the deepest of the phase's exits. If not, the plan
+    # receives None instead of a score
     scored: bool = False
 
     def __post_init__(self):
@@ -138,12 +138,11 @@ def two_stage(epochs, depth, joint, size=1.0):
     Source: DeeBERT (Xin et al., 2020), fine-tuning.
     """
     others = {i: weight for i, weight in joint.items() if i != depth}
-    # stage 1: the exits before the last are untrained, so no model may be kept
     for epoch in range(epochs):
         yield Phase(
             f"stage 1 (last exit), epoch {epoch + 1}/{epochs}", size, ({depth: 1.0},), part=(epoch, epochs), keep=False
         )
-    # stage 2: a new optimiser, since other parameters train; a schedule of its own
+    # other parameters train now, so the loop makes a new optimiser; the schedule starts again
     for epoch in range(epochs):
         label = f"stage 2 (other exits), epoch {epoch + 1}/{epochs}"
         is_last = epoch + 1 == epochs
@@ -207,7 +206,8 @@ def build_two_stage(flags, depth, plan):
     """Replace the plan if --exit_loss is two_stage."""
     if flags["exit_loss"] != "two_stage":
         return plan
-    return partial(two_stage, flags["epochs"], depth, EXIT_WEIGHTS["joint"](depth)[-1], flags["epoch_size"])
+    [joint] = EXIT_WEIGHTS["joint"](depth)  # a cycle of one entry
+    return partial(two_stage, flags["epochs"], depth, joint, flags["epoch_size"])
 
 
 def check_two_stage(flags, typed):
@@ -224,14 +224,15 @@ def build_alternating(flags, depth, plan):
     """Replace the plan if --smart_alternating is on."""
     if not flags["smart_alternating"]:
         return plan
-    # stage B weighs the exits as --exit_loss says: joint, weighted or distilled
-    joint = EXIT_WEIGHTS[flags["exit_loss"]](depth)[-1]
+    # stage B weighs the exits as --exit_loss says; check_alternating refuses cycles of several entries
+    [joint] = EXIT_WEIGHTS[flags["exit_loss"]](depth)
     return partial(smart_alternating, flags["epochs"], depth, joint, flags["epoch_size"])
 
 
 def check_alternating(flags, typed):
     """Conflicts of Smart Alternating: pairs (applies, sentence)."""
     kind = flags["exit_loss"]
+    # a cycle of several entries also switches between exits, batch by batch
     both = flags["smart_alternating"] and (kind == "two_stage" or len(EXIT_WEIGHTS[kind](2)) > 1)
     yield both, f"--exit_loss {kind} and --smart_alternating both choose the exits: choose one"
 
@@ -266,7 +267,13 @@ def first_stage(plan, switch, epochs):
 
     The flag `epochs` is the length of the first stage, in epochs per layer.
     """
-    return lambda flags, depth, second: (lambda: plan(depth, flags[epochs], second())) if flags[switch] else second
+
+    def build(flags, depth, second):
+        if not flags[switch]:
+            return second
+        return lambda: plan(depth, flags[epochs], second())
+
+    return build
 
 
 TWO_STAGE = Method(TITLE, conflicts=check_two_stage, plan=build_two_stage)

@@ -2,7 +2,7 @@
 
 A model whose output changes a lot when its input barely moves has memorised its training data. Each term here is a
 penalty on such a change. With x the embeddings of an example (the input of layer 1), f(x; theta) its logits and l_s
-the task's divergence (symmetrised KL for classes, squared difference for values; tasks.py), the loss gets one of
+the task's divergence (symmetrised KL for classes, squared difference for values; tasks.py), the terms are
 
     AdversarialSmart   lambda * max over |delta|_inf <= radius of l_s(f(x + delta), f(x))      the worst small move
     GaussianSmart      lambda * mean over the outputs of (f(x + noise) - f(x))^2               a random small move
@@ -15,8 +15,8 @@ slope; step along the gradient g; clip into the box: delta = clip(delta_0 + step
 With early exit f has one output per exit. A term is then the sum over the step's exits, each with its weight; LNSR
 takes the layers up to the deepest of these exits.
 Both passes use the same dropout masks. With different masks the penalty stays above zero even for a perfectly smooth
-model. (Bregman's teacher has no dropout; see there.) Each noise generator is separate, so that a term changes no other
-random number. Noise on padding is 0.
+model. (Bregman's teacher has no dropout; see there.) Each term draws its noise from a generator of its own, so that it
+changes no other random number. Noise on padding is 0.
 
 Sources: Jiang et al. (2020), SMART; BERTer 3.2; SMARTer BERT 4.3; layer-level adaptations 3.1, 2.3; Hua et al. (2021).
 """
@@ -32,8 +32,8 @@ from methods import LossTerm, Method, among_tasks, at_least_zero, belongs, posit
 from parallel import every_process
 from tasks import widen
 
-# The adversarial radius in multiples of the embeddings' RMS, chosen by measurement. The step is 100 times the radius,
-# as 1e-3 is of 1e-5 in the papers. The standard deviation of the start is the radius, as in the papers too.
+# The adversarial radius in multiples of the embeddings' RMS (root mean square), chosen by measurement. The step is 100
+# times the radius, and the standard deviation of the start equals the radius: as in the papers (1e-3, 1e-5, 1e-5).
 RADIUS, STEP_PER_RADIUS = 0.03, 100
 # Standard deviation of the noise: GaussianSmart's in the units of the embeddings, LNSR's in multiples of their RMS.
 GAUSSIAN_SIGMA, LNSR_SIGMA = 0.05, 0.05
@@ -79,7 +79,7 @@ def root_mean_square(hidden, masks):
     There is one value per example, so that its noise does not depend on the other examples of the batch.
     Shapes: one [b,s,d] and one [b,s] per pass -> [b,1,1].
     """
-    # the mask [b,s] becomes [b,s,1], so that padding adds 0; [b,s,d] is summed to [b]
+    # the mask becomes [b,s,1] and sets padding to 0; then [b,s,d] is summed to [b]
     squares = [(h.detach().square() * mask.unsqueeze(-1)).sum((1, 2)) for h, mask in zip(hidden, masks, strict=True)]
     tokens = sum(mask.sum(-1) for mask in masks)  # [b]
     return (sum(squares) / (tokens * hidden[0].shape[-1])).sqrt()[:, None, None]  # [b] to [b,1,1]
@@ -149,8 +149,8 @@ class AdversarialSmart(NoiseTerm):
     """SMART's smoothness-inducing adversarial regularisation: the divergence after the worst small move.
 
     The step is so long that about 80% of the coordinates end on the edge of the box. This is so with the published
-    values too (step 1e-3, radius and start 1e-5, absolute), but these are too small here. With all-MiniLM-L6-v2 on dev
-    sentences the penalty is about 2e-8, and adding it to the loss in float32 does not change the loss. In bf16 a
+    values too (step 1e-3, radius and start 1e-5, absolute), but a radius of 1e-5 is too small. With all-MiniLM-L6-v2 on
+    dev sentences the penalty is about 2e-8, and adding it to the loss in float32 does not change the loss. In bf16 a
     perturbation this small changes 2% of the numbers, so the measured divergence is rounding error: hundreds of times
     the true penalty, or exactly 0. So the radius here is relative and the passes run in float32. The published values
     are about --smart_radius 2e-5.
@@ -246,13 +246,13 @@ class Bregman(SmoothnessTerm):
     After every step theta_t <- beta * theta_t + (1 - beta) * theta, from theta_t = theta at the start. If a phase
     trains only some parameters, the teacher's copies of the other parameters still move towards the model's.
     The teacher runs without gradient, in float32 and without dropout. The student's pass is the loop's, with dropout.
-    So the term stays above zero even if both have the same weights. With mu = 1, all-MiniLM-L6-v2 with pretrained
-    layers, heads fitted to 800 training rows each and dropout .1 in the layers and .3 before the heads, the mean over
-    200 dev rows is .114 for SST, .018 for Quora and .047 for STS.
+    So the term stays above zero even if both have the same weights: with mu = 1 its mean over 200 dev rows is .114 for
+    SST, .018 for Quora and .047 for STS (all-MiniLM-L6-v2 as pretrained, heads fitted to 800 training rows each,
+    dropout .1 in the layers and .3 before the heads).
     A task gains from the term if it trains on its rows several times; otherwise it may lose (LOG.md).
 
     Source: Jiang et al. (2020), section 3.2, momentum form; layer-level adaptations 3.1.2.
-    Differs: each update takes one step on the proximal problem, as in the authors' code. 3.1.2 has no momentum: its
+    Differs: each update takes one step on the proximal problem, as in the authors' code. 3.1.2 has no average: its
         theta_t is the previous iterate. With one step per update this is the model itself, and apart from dropout the
         divergence from itself has no gradient. So the average is what makes the term work.
     """
@@ -342,7 +342,7 @@ class LNSR(NoiseTerm):
 
 
 def add_task_flags(group, name, what, weight, weight_help):
-    """Add the two flags that every term has: its tasks and its weight."""
+    """Add the two flags of a term: its tasks and its weight. `what` names the term in the help text."""
     group.add_argument(f"--{name}", nargs="*", metavar="TASK", help=f"{what} for the named tasks; none named: all")
     group.add_argument(f"--{name}_weight", type=at_least_zero, default=weight, help=weight_help)
 
@@ -360,7 +360,7 @@ def task_conflicts(flags, typed, name, *settings):
     return [*belongs(typed, names, flags[name] is not None, f"--{name}"), *among_tasks(flags, name)]
 
 
-# each form with the name of its scale
+# each form, with the name of the argument that --smart_radius sets
 SMART_FORMS = {"adversarial": (AdversarialSmart, "radius"), "gaussian": (GaussianSmart, "sigma")}
 
 

@@ -79,7 +79,7 @@ class Task:
     columns: tuple[str, ...]  # one text column, or the two of a pair
     label_column: str
     labels: tuple
-    output: tuple[str, str]  # header line and number format of the course's prediction file
+    output: tuple[str, str]  # header line and number format of the course's prediction files
     metric: Metric
     objectives: dict  # {name: Objective}, the default first; in a run's table only the chosen one is left
     encoding: str = "single"
@@ -255,9 +255,9 @@ def decide(score, threshold):
     The score is stretched linearly on either side of the threshold. Then the more probable class is the predicted
     one, and its probability serves the exits as a confidence.
     """
-    below = 0.5 * score / threshold
-    above = 0.5 + 0.5 * (score - threshold) / (1 - threshold)
-    p = score if threshold == 0.5 else torch.where(score < threshold, below, above)
+    below = score / (2 * threshold)  # from 0 to 1/2
+    above = 0.5 + (score - threshold) / (2 * (1 - threshold))  # from 1/2 to 1
+    p = torch.where(score < threshold, below, above)
     return (p > 0.5).to(p.dtype), torch.stack([1 - p, p], dim=-1)  # [b], [b,2]
 
 
@@ -346,7 +346,7 @@ def cosine_value(high):
 
 
 def as_many_as(other):
-    """Make an entry of epoch_rows: as many rows as another task has, or as the smallest has if that is absent."""
+    """Make an entry of epoch_rows: as many rows as another task has (the smallest, if it is absent), at most all."""
     return lambda name, sizes: min(sizes[name], sizes.get(other, min(sizes.values())))
 
 
@@ -405,7 +405,7 @@ TASKS = {
 
 
 def check_row(task):
-    """Check that the fields of a row of the table fit together, before a run depends on them.
+    """Check that the fields of a task fit together, before a run depends on them.
 
     Raises: InputError that names the task and the field.
     """

@@ -26,13 +26,12 @@ Example (the tests run it). "Unaffable" is not in the vocabulary, but three of i
     'unaffable!'
 
 Source: Devlin et al. 2019, "BERT", section 3; the pieces are those of Wu et al. 2016, "Google's Neural Machine
-Translation System", section 4.1. The ids equal those of transformers' BertTokenizerFast.
+Translation System", section 4.1. The ids equal those of transformers' BertTokenizerFast, the reference below.
 """
 
 import io
 import re
 import unicodedata
-from itertools import chain
 
 import numpy as np
 import torch
@@ -156,16 +155,17 @@ def pad(sequences, pad_id, width=None):
     Shapes: b pairs (ids, segment ids) -> input_ids, mask, segment_ids, each [b,s] and int64. The mask is 1 for real
         tokens and 0 for padding; segment_ids are 0 for padding.
     """
-    lengths = np.array([len(ids) for ids, _ in sequences], dtype=np.int64)
     if width is None:
-        width = lengths.max(initial=0)
-    # [1,s] < [b,1] -> [b,s]: row i is True in its first lengths[i] columns
-    real = np.arange(width)[None] < lengths[:, None]
-    input_ids, segment_ids = np.full(real.shape, pad_id, dtype=np.int64), np.zeros(real.shape, dtype=np.int64)
-    # a boolean index assigns row by row, so one flat sequence with the ids of all rows has the right order
-    input_ids[real] = np.fromiter(chain.from_iterable(ids for ids, _ in sequences), np.int64, lengths.sum())
-    segment_ids[real] = np.fromiter(chain.from_iterable(segments for _, segments in sequences), np.int64, lengths.sum())
-    return torch.from_numpy(input_ids), torch.from_numpy(real.astype(np.int64)), torch.from_numpy(segment_ids)
+        width = max((len(ids) for ids, _ in sequences), default=0)
+    shape = (len(sequences), width)  # [b,s]
+    # numpy, because assigning a list to a part of a tensor is slow
+    input_ids = np.full(shape, pad_id, dtype=np.int64)
+    mask, segment_ids = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
+    for row, (ids, segments) in enumerate(sequences):
+        input_ids[row, : len(ids)] = ids
+        mask[row, : len(ids)] = 1
+        segment_ids[row, : len(ids)] = segments
+    return torch.from_numpy(input_ids), torch.from_numpy(mask), torch.from_numpy(segment_ids)
 
 
 # --- the tokenizer ------------------------------------------------------------------------------------------------
@@ -176,8 +176,8 @@ class BertTokenizer:
 
     The ids equal those of transformers' BertTokenizerFast for every character of Unicode 14. For newer characters, both
     depend on the version of their Unicode tables.
-    Differs: if the vocabulary itself contains combining marks newer than Unicode 8, NFD may put two such marks in
-    another order than the reference, which does not have the classes of the new marks.
+    Differs: NFD may sort two combining marks that are newer than Unicode 8. The reference leaves them as they are. The
+    ids differ only if the vocabulary contains such marks.
     """
 
     def __init__(self, vocab, do_lower_case=True):
@@ -249,7 +249,7 @@ class BertTokenizer:
         Shapes: input_ids, attention_mask, token_type_ids, each [b,s] with s the longest of the batch; without padding
             lists of lists.
         Raises: TypeError for a str in place of a list; ValueError if the lists have different lengths; InputError
-            if `max_length` has no room for the special tokens, and for other than PyTorch tensors.
+            if `max_length` has no room for the special tokens, or if `return_tensors` is not "pt".
         """
         if return_tensors != "pt":
             raise InputError(f"return_tensors is {return_tensors!r}; only 'pt' is possible, PyTorch tensors")
@@ -386,7 +386,7 @@ def read_lower_case_setting(path, vocab):
     do_lower_case = config.get("do_lower_case", True)
     if not isinstance(do_lower_case, bool):
         raise InputError(f"{path}: do_lower_case is {do_lower_case!r}; set it to true or false")
-    # BERT removes accents exactly if it removes capitals; null means "as do_lower_case"
+    # an uncased BERT removes accents too, a cased one keeps them; null means "as do_lower_case"
     if config.get("strip_accents") not in (None, do_lower_case):
         raise InputError(f"{path}: strip_accents differs from do_lower_case; set it to null")
     if not config.get("tokenize_chinese_chars", True):

@@ -561,13 +561,13 @@ PARTS = {
                 "bottleneck",
                 1,
                 "the bottleneck adapter",
-                "Bottleneck.forward: h + W_D GELU(W_E h + b_E) + b_D (Houlsby et al. 2019, section 2.1)",
+                "Bottleneck.forward: y + W_D GELU(W_E y + b_E) + b_D, with y = output (Houlsby et al. 2019, 2.1)",
             ),
             Check(
                 "lhuc",
                 1,
                 "LHUC",
-                "LHUC.forward: h * 2 sigmoid(r) (Swietojanski and Renals 2014, eq. 3)",
+                "LHUC.forward: y * 2 sigmoid(r), with y = output (Swietojanski and Renals 2014, eq. 3)",
             ),
             Check(
                 "lora",

@@ -95,9 +95,10 @@ show("h [b,s,d]", h)
 # %% [markdown]
 # ## 3. Attention
 #
-# Every token asks a question (its query) and offers an answer (its key, and a value). The query of token i times the
-# key of token j is a score. A softmax turns the scores of token i into weights that sum to 1. The result of token i is
-# the mean of all values with these weights. Each of the h heads does this with its own k = d / h numbers.
+# Every token makes a query (what it looks for), a key (what it can be found by) and a value (what it hands over). The
+# query of token i times the key of token j is a score. A softmax turns the scores of token i into weights that sum
+# to 1. The result of token i is the mean of all values with these weights. Each of the h heads does this with its own
+# k = d / h numbers.
 
 # %%
 layer = bert.bert_layers[0]
@@ -110,11 +111,11 @@ with torch.no_grad():
         for linear in (attention.query, attention.key, attention.value)
     )
     scores = query @ key.transpose(-1, -2) / size**0.5  # [b,h,s,k] @ [b,h,k,s] -> [b,h,s,s]
-    hidden_from_padding = (1.0 - mask[:, None, None, :]) * -1e4  # [b,1,1,s]: 0 for a token, -10000 for padding
-    weights = (scores + hidden_from_padding).softmax(-1)  # [b,h,s,s]: each row sums to 1
+    extended_mask = (1.0 - mask[:, None, None, :]) * -1e4  # [b,1,1,s]: 0 for a token, -10000 for padding
+    weights = (scores + extended_mask).softmax(-1)  # [b,h,s,s]: each row sums to 1
     gathered = weights @ value  # [b,h,s,s] @ [b,h,s,k] -> [b,h,s,k]
     merged = gathered.transpose(1, 2).reshape(b, s, d)  # [b,s,h,k] -> [b,s,d]
-    torch.testing.assert_close(merged, attention(h, hidden_from_padding))
+    torch.testing.assert_close(merged, attention(h, extended_mask))
 show("query, key, value [b,h,s,k]", query)
 show("weights [b,h,s,s]", weights)
 show("merged [b,s,d]", merged)
@@ -156,7 +157,7 @@ with torch.no_grad():
     middle = layer.attention_layer_norm(h + layer.attention_dense(merged))  # [b,s,d]
     wide = F.gelu(layer.interm_dense(middle))  # [b,s,d] -> [b,s,w]
     output = layer.out_layer_norm(middle + layer.out_dense(wide))  # [b,s,w] -> [b,s,d]
-    torch.testing.assert_close(output, layer(h, hidden_from_padding))
+    torch.testing.assert_close(output, layer(h, extended_mask))
 show("wide [b,s,w]", wide)
 show("output of layer 1 [b,s,d]", output)
 
@@ -174,7 +175,7 @@ data = read_dataset(tasks["sst"], SAMPLE / "ids-sst-dev.csv", tokenizer)
 with torch.no_grad():
     state = h
     for one_layer in bert.bert_layers:
-        state = one_layer(state, hidden_from_padding)  # [b,s,d]
+        state = one_layer(state, extended_mask)  # [b,s,d]
     real = mask.unsqueeze(-1)  # [b,s,1]
     sentence = (state * real).sum(1) / real.sum(1)  # [b,d]
     logits = sentence @ model.heads["sst"].weight.T + model.heads["sst"].bias  # [b,d] @ [d,5] -> [b,5]
@@ -214,8 +215,8 @@ print("step:    ", [f"{x:+.6f}" for x in step[0, :4].tolist()])
 # %% [markdown]
 # ## 7. One exit
 #
-# An exit is a head after an earlier layer. Here each of the L exits learns from 200 sentences of the sample data, while
-# BERT is frozen: one pass computes all states, then the heads train on them.
+# An exit is a head after a layer. Here each of the L exits learns from 200 sentences of the sample data, while BERT is
+# frozen: one pass computes all states, then the heads train on them.
 
 # %%
 train = read_dataset(tasks["sst"], SAMPLE / "ids-sst-train.csv", tokenizer)

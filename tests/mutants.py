@@ -110,8 +110,8 @@ MUTANTS = [
         (
             "tokenizer-mask",
             "tokenizer.py",
-            "torch.from_numpy(real.astype(np.int64))",
-            "torch.from_numpy(np.ones_like(real, np.int64))",
+            "mask, segment_ids = np.zeros(shape, dtype=np.int64)",
+            "mask, segment_ids = np.ones(shape, dtype=np.int64)",
             "The attention mask marks padding as real tokens.",
             "tokenizer",
         ),
@@ -504,8 +504,8 @@ MUTANTS = [
         (
             "datasets-share-width",
             "datasets.py",
-            "self.widths(all_rows)",
-            "self.widths(rows)",
+            "max(len(ids) for ids, _ in column)",
+            "max(len(ids) for ids, _ in column[positions])",
             "A process pads its share to its own longest row instead of that of the whole batch.",
             "parallel:share parallel",
         ),

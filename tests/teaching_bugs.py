@@ -213,8 +213,8 @@ BUGS = {
     "cosine loss with a margin": ("tasks.py", "cosine.clamp(min=0))", "(cosine - 0.1).clamp(min=0))", "losses"),
     "decision not stretched": (
         "tasks.py",
-        "p = score if threshold == 0.5 else",
-        "p = score if threshold else",
+        "p = torch.where(score < threshold, below, above)",
+        "p = score",
         "losses",
     ),
     # --- classifier ---

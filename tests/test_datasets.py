@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from datasets import SAMPLE, bucketed_batches, find_data_dir, read_dataset, report
+from datasets import SAMPLE, bucketed_batches, describe_datasets, find_data_dir, read_dataset
 from errors import InputError
 from tasks import build_tasks
 from tokenizer import BertTokenizer
@@ -130,7 +130,7 @@ def test_similarity_labels_of_the_course_keep_their_decimals(course):
 @needs_shared_data
 def test_report_counts_dev_examples_that_occur_in_train(course):
     splits = {split: course["sts", split] for split in ("train", "dev", "test")}
-    lines = report({"sts": splits, "para": {"train": course["para", "train"]}})
+    lines = describe_datasets({"sts": splits, "para": {"train": course["para", "train"]}})
     assert any("6040 rows" in line for line in lines)
     assert any(line.strip() == "13 dev examples occur in train word for word" for line in lines)
 
@@ -347,7 +347,7 @@ def test_a_sentence_of_100_000_words_is_cut_and_counted_once(read):
     assert data.lengths().tolist() == [16, 3]
     # pack truncates, not reading: of a pair, the length before truncation decides which text gets an odd token
     assert data.tokens[0].lengths().tolist() == [100_000, 1]
-    assert any(line.strip() == "1 rows are cut to 16 tokens" for line in report({"sst": {"train": data}}))
+    assert any(line.strip() == "1 rows are cut to 16 tokens" for line in describe_datasets({"sst": {"train": data}}))
 
 
 @pytest.mark.parametrize(
