@@ -1166,7 +1166,7 @@ MUTANTS = [
             "fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)",
             "pass",
             "Two processes train in one run directory.",
-            "inputs",
+            "inputs:second_process",
         ),
         (
             "runs-overwrite-user-files",
@@ -1174,7 +1174,7 @@ MUTANTS = [
             "for path in [*(self.path / name for name in FILES), *self.half_written()]:",
             "for path in [path for path in self.path.iterdir() if path.is_file()]:",
             "--overwrite removes a user's files.",
-            "inputs",
+            "inputs:overwrite_removes",
         ),
         (
             "runs-owner",
@@ -1182,7 +1182,7 @@ MUTANTS = [
             'if not self.exists() or read_json(self.path / "config.json").get("id") != self.id:',
             "if False:",
             "A run goes on writing into the directory of the run that took its place.",
-            "inputs",
+            "inputs:directory_was_taken",
         ),
         # --- flags.py ---
         (
