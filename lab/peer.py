@@ -32,7 +32,7 @@ except ImportError as error:
     stop_without(error.name)
 
 from datasets import find_data_dir
-from evaluation import mean_norm
+from evaluation import mean_norm, prediction_text
 from files import write_whole
 from methods import positive_int
 from optimizer import parameter_groups
@@ -251,9 +251,8 @@ def plan_epochs(args, train):
 def write_predictions(folder, data, values):
     """Write {task: dev predictions} in the course's format."""
     for name, part in data.items():
-        pairs = zip(part.ids, values[name], strict=True)
-        lines = [part.task.output[0], *(f"{i} , {part.task.format(value)} " for i, value in pairs)]
-        write_whole(folder.path / "predictions" / f"{name}-dev-output.csv", "\n".join(lines) + "\n")
+        text = prediction_text(part.task, part.ids, values[name])
+        write_whole(folder.path / "predictions" / f"{name}-dev-output.csv", text)
 
 
 def train_epochs(args, folder, model, train, dev):
