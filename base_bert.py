@@ -310,6 +310,6 @@ class Dropout(nn.Module):
 def dropout_state(device):
     """Return two functions: they get and set the state of the generator that dropout draws from on a device."""
     if device.type == "cuda":
-        return lambda: torch.cuda.get_rng_state(device), lambda state: torch.cuda.set_rng_state(state, device)
+        return lambda: torch.cuda.get_rng_state(device), lambda state: torch.cuda.set_rng_state(state, device=device)
     source = torch.mps if device.type == "mps" else torch
     return source.get_rng_state, source.set_rng_state
