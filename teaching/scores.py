@@ -4,7 +4,7 @@
     python -m teaching expected --data_dir DIR              trains what is missing; a stopped command continues
     python -m teaching expected --only "sample, frozen" --seeds 1
 
-RUNS is the list; all seeds of the sample's runs take about four hours on one core. results/expected.json records one
+RUNS is the list; all seeds of the sample's runs take about two hours on one core. results/expected.json records one
 row for each run and seed, and the handout's tables are made from it. A row with another command than its run has now
 does not count.
 """
