@@ -45,8 +45,8 @@ from tasks import TASKS
 REPORT, SCRATCH = "report", HERE / "runs" / "scratch"
 # thresholds whose time is measured
 TIMED = "0.5,0.6,0.7,0.8,0.9,0.95,0.99,0.999"
-# for estimates, measured on one core with the small weights in bf16: seconds to train on one example, and to score the dev
-# set; the training rows of the data
+# for estimates, measured on one core with the small weights in bf16: seconds to train on one example, and to score the
+# dev set; the training rows of the data
 EXAMPLE_SECONDS, DEV_SECONDS, START_SECONDS = 0.011, 18, 60
 TRAIN_ROWS = {"sst": 8544, "para": 14169, "sts": 6040, "cfimdb": 1707}
 # what a method multiplies the time of a training step with
