@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = ROOT / "results" / "mutants.md"
-SECONDS = 300  # limit of one pytest run
+SECONDS = 600  # limit of one pytest run
 SURVIVED, DID_NOT_RUN = "SURVIVED", "DID NOT RUN"
 # every test file that a mutant can meet, the quick ones first
 TESTS = [
