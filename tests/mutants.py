@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = ROOT / "results" / "mutants.md"
+BEFORE = ROOT / "results" / "mutants-before.md"  # the result on the code before the house was rebuilt
 SECONDS = 600  # limit of one pytest run
 SURVIVED, DID_NOT_RUN = "SURVIVED", "DID NOT RUN"
 # every test file that a mutant can meet, the quick ones first
@@ -1291,25 +1292,39 @@ def check_unmutated(tests):
                 raise SystemExit(f"fails without any mutant: {failure[0]}: {failure[1]}")
 
 
+def results_before():
+    """What became of each mutant before the house was rebuilt: {id: "killed" or "survived"}."""
+    rows = re.findall(r"^\| (\S+) \|.*\| (.*) \|$", BEFORE.read_text(), re.MULTILINE)
+    return {name: "survived" if SURVIVED in result else "killed" for name, result in rows}
+
+
 def table(mutants, results):
     """The lines of results/mutants.md."""
     changed = git("status", "--porcelain", "-uno", "--", "*.py", ":!tests/mutants.py")
     commit = git("rev-parse", "--short=12", "HEAD").strip() + "+" * bool(changed)
     survived, broken = results.count(SURVIVED), sum(result.startswith(DID_NOT_RUN) for result in results)
+    before = results_before()
+    revived = [
+        mutant.id
+        for mutant, result in zip(mutants, results, strict=True)
+        if result == SURVIVED and before.get(mutant.id) == "killed"
+    ]
     lines = [
         "# Mutants: mistakes that the tests have to notice",
         "",
         f"Commit {commit}: {len(mutants)} mutants, {len(mutants) - survived - broken} killed, {survived} survived, "
         f"{broken} did not run.",
-        "Each row is one mistake, made alone. `killed by` is the first test that fails. A mutant that SURVIVED passes",
-        "all tests of the training code. Written by `python tests/mutants.py`.",
+        f"Killed before the house was rebuilt, and surviving now: {', '.join(revived) or 'none'}.",
+        "Each row is one mistake, made alone. `killed by` is the first test that fails; a mutant that SURVIVED passes",
+        f"all tests of the training code; `before` is from [{BEFORE.name}]({BEFORE.name}).",
+        "Written by `python tests/mutants.py`.",
         "",
-        "| id | file | mistake | killed by |",
-        "|---|---|---|---|",
+        "| id | file | mistake | killed by | before |",
+        "|---|---|---|---|---|",
     ]
     for mutant, result in zip(mutants, results, strict=True):
-        cells = [cell.replace("|", "\\|") for cell in (mutant.id, mutant.file, mutant.mistake, result)]
-        lines.append(f"| {' | '.join(cells)} |")
+        row = (mutant.id, mutant.file, mutant.mistake, result, before.get(mutant.id, "new"))
+        lines.append(f"| {' | '.join(cell.replace('|', '&#124;') for cell in row)} |")
     return lines
 
 
