@@ -11,8 +11,9 @@ Dropout follows h_0, the attention's softmax, MH and FFN. Sources: Vaswani et al
 (2019), section 3.
 
 The letters in the shapes of every file: b rows of a batch, s tokens, d hidden units, h attention heads, k units of an
-attention head, L layers; n rows of a dataset, w the width of the vector that a task's head sees (d, or 2 d or 3 d for
-siamese pairs), o the outputs of a task's head. Outside a shape, h is a hidden state [b,s,d].
+attention head, f units of the feed-forward network, L layers; n rows of a dataset, w the width of the vector that a
+task's head sees (d, or 2 d or 3 d for siamese pairs), o the outputs of a task's head. Outside a shape, h is a hidden
+state [b,s,d].
 """
 
 import math
@@ -132,7 +133,7 @@ class BertLayer(nn.Module):
         # x: the residual adds the input, so the sub-layer learns only a change of it
         middle = self.attention_layer_norm(h + adapt("attention", attended))  # [b,s,d]
 
-        # FFN(x): each token goes through a wider layer, [b,s,d] -> [b,s,intermediate] -> [b,s,d]
+        # FFN(x): each token goes through a wider layer, [b,s,d] -> [b,s,f] -> [b,s,d]
         transformed = self.out_dropout(self.out_dense(self.interm_af(self.interm_dense(middle))))
         output = self.out_layer_norm(middle + adapt("feed_forward", transformed))  # [b,s,d]
         return adapt("output", output)

@@ -27,13 +27,13 @@ def exercise_1(word, vocab):
     return pieces
 
 
-def exercise_2(V, P, d, w, L):
+def exercise_2(V, P, d, f, L):
     """Parameters of a BERT with two segments.
 
     Embeddings: V d + P d + 2 d, and LayerNorm 2 d. Each layer: query, key, value and output 4 (d d + d), two
-    LayerNorms 4 d, and the feed-forward network d w + w + w d + d. Pooler: d d + d.
+    LayerNorms 4 d, and the feed-forward network d f + f + f d + d. Pooler: d d + d.
     """
-    layer = 4 * (d * d + d) + 4 * d + 2 * d * w + w + d
+    layer = 4 * (d * d + d) + 4 * d + 2 * d * f + f + d
     return (V + P + 2) * d + 2 * d + L * layer + d * d + d
 
 

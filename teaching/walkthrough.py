@@ -90,7 +90,7 @@ show("h [b,s,d]", h)
 
 # %% [markdown]
 # **Exercise 2.** How many parameters does a BERT have, as a formula of the vocabulary's size V, the number of positions
-# P, two segments, d, the width w of the feed-forward network, and L? Compare with `bert.parameters()`.
+# P, two segments, d, the width f of the feed-forward network, and L? Compare with `bert.parameters()`.
 
 # %% [markdown]
 # ## 3. Attention
@@ -149,16 +149,16 @@ figure  # noqa: B018 (a notebook shows the last value of a cell)
 # ## 4. The rest of the layer
 #
 # A linear map mixes the heads. The result is added to the input of the attention (a residual) and normalised. Then a
-# feed-forward network treats each token alone: d numbers become w = 4 d, GELU, and d again. A residual and LayerNorm
+# feed-forward network treats each token alone: d numbers become f = 4 d, GELU, and d again. A residual and LayerNorm
 # follow.
 
 # %%
 with torch.no_grad():
     middle = layer.attention_layer_norm(h + layer.attention_dense(merged))  # [b,s,d]
-    wide = F.gelu(layer.interm_dense(middle))  # [b,s,d] -> [b,s,w]
-    output = layer.out_layer_norm(middle + layer.out_dense(wide))  # [b,s,w] -> [b,s,d]
+    wide = F.gelu(layer.interm_dense(middle))  # [b,s,d] -> [b,s,f]
+    output = layer.out_layer_norm(middle + layer.out_dense(wide))  # [b,s,f] -> [b,s,d]
     torch.testing.assert_close(output, layer(h, extended_mask))
-show("wide [b,s,w]", wide)
+show("wide [b,s,f]", wide)
 show("output of layer 1 [b,s,d]", output)
 
 # %% [markdown]
