@@ -8,7 +8,7 @@ kind leaves the layer unchanged before training. h is the input of the layer, y 
         after    ... on the layer's output, after its last LayerNorm
         houlsby  ... on the outputs of both sub-layers, before the residual; all LayerNorms train too
     pal          LN(x + FFN(x) + V_D g(V_E h))        V_E [m,d], V_D [d,m]; g is attention of width m
-    lora         W h + b + (alpha / r) B A h          A [r,d], B [d,r], r << d; on query and value; B starts at 0
+    lora         W h + b + (alpha / m) B A h          A [m,d], B [d,m], m << d; on query and value; B starts at 0
     lhuc         y * 2 sigmoid(r)                     r [d] starts at 0; scales every unit of the layer's output
 
 In a PAL, x = LN(h + MH(h)), so without its last term it is the ordinary layer. g lets every token read all tokens. The
@@ -97,7 +97,7 @@ class LHUC(nn.Module):
 
 
 class LoRA(nn.Module):
-    """Low-rank adaptation: add a matrix of rank r to a projection of h, as the product B A.
+    """Low-rank adaptation: add a matrix of rank m to a projection of h, as the product B A.
 
     Source: Hu et al. (2021), section 4.1, equation 3; query and value as in section 5.1.
     Differs: one pair A and B per task. A is normal with BERT's initializer_range; the paper leaves the standard
@@ -106,14 +106,14 @@ class LoRA(nn.Module):
 
     def __init__(self, d, rank, std, generator):
         super().__init__()
-        self.down = make_linear(d, rank, bias=False)  # A [r,d]
-        self.up = make_linear(rank, d, bias=False)  # B [d,r], which starts at 0
+        self.down = make_linear(d, rank, bias=False)  # A [m,d]
+        self.up = make_linear(rank, d, bias=False)  # B [d,m], which starts at 0
         self.scale = LORA_ALPHA / rank
         nn.init.normal_(self.down.weight, 0.0, std, generator)
 
     def forward(self, output, context):
         """Shapes: output [b,s,d], the projection W h + b; returns [b,s,d]."""
-        # A h first, [b,s,d] -> [b,s,r], so that the matrix B A [d,d] is never formed
+        # A h first, [b,s,d] -> [b,s,m], so that the matrix B A [d,d] is never formed
         return output + self.scale * self.up(self.down(context.h))
 
 

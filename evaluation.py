@@ -151,7 +151,11 @@ def measure(metrics, values, labels):
 
 
 def score_regression(task, values, labels):
-    """The metrics of a regression, and a list of warnings. Shapes: values, labels [n]."""
+    """The metrics of a regression, and a list of warnings. Shapes: values, labels [n].
+
+    The metrics are pearson, spearman, the task's own one, mean_prediction and sd_prediction. If the standard deviation
+    is at most CONSTANT, the correlations are 0, and there is one warning.
+    """
     warnings = []
     if not values.std() > CONSTANT:
         warnings.append(f"{task.name}: every prediction is {values.mean():.3f}: correlations count as 0")
@@ -215,8 +219,10 @@ def evaluate(model, datasets, **options):
 
 
 def fit_decision_threshold(scores, labels):
-    """The decision threshold with the best accuracy, in the middle between two scores. Shapes: scores, labels [n].
+    """The decision threshold with the best accuracy. Shapes: scores, labels [n].
 
+    Candidates: the middle between two neighbouring scores that differ, the lowest score - .001, the highest + .001. Of
+    equally good ones it is the lowest, clipped to [THRESHOLD_ROOM, 1 - THRESHOLD_ROOM].
     A cosine needs it: at cos > 0 a model predicts 1 for almost every pair. It is fitted on training rows.
     """
     order = np.argsort(scores, kind="stable")

@@ -79,7 +79,7 @@ class Phase:
     """
 
     label: str
-    fraction: float  # length in epochs
+    fraction: float  # length in epochs of all the rows; may be above 1
     exit_weights: tuple
     modules: Callable = everything
     # (k, n): number k, from 0, of n phases with one learning-rate schedule; they share an optimiser too, as long as
@@ -109,7 +109,8 @@ def smart_alternating(epochs, depth, joint, size=1.0):
 
     Keep the stage while the dev score improves, otherwise switch. Epoch 1 is stage A and has no predecessor, so
     epoch 2 is also stage A. `joint` is stage B's {exit layer: weight}. The backbone trains in both stages. In stage A
-    the exits before the last get no gradient, so the optimiser leaves them as they are.
+    the exits before the last get no gradient, so the optimiser leaves them as they are. An epoch has the length `size`;
+    all epochs share one schedule, as in `plain`.
 
     Source: BERTer, "Novel Fine-Tuning Strategy".
     Differs: while every epoch improves, stage B never comes and the other exits stay untrained. The paper does not
@@ -155,8 +156,8 @@ def sequential_layer_focus(depth, layer_epochs, second):
     In stage 1, layer i learns from L_i alone for `layer_epochs` (a fraction of an epoch or several), with its own
     optimiser and schedule. The layers below are frozen and the layers above do not run, so no gradient flows below
     layer i. What the layers share (embeddings, learning to exit, shared parts of adapters) waits for stage 2. No
-    model of stage 1 may be kept, because its deeper layers are not fine-tuned yet. `second` receives the scores of its
-    own phases only.
+    model of stage 1 may be kept, because its deeper layers are not fine-tuned yet; each is scored all the same. LTELoss
+    does not count in stage 1. `second` receives the scores of its own phases only.
 
     Source: BERTer 3.3, Sequential Layer Focus.
     Differs: the paper does not say how long stage 1 takes (here: a budget for each layer), nor when shared parts train.

@@ -244,7 +244,7 @@ def squared_difference(p_outputs, q_outputs):
 
 
 def decode_softmax(logits, threshold=0.5):
-    """The most probable class."""
+    """Returns (the most probable class, the probabilities of all classes)."""
     probabilities = widen(logits).softmax(-1)  # over the classes: [b,o]
     return probabilities.argmax(-1).to(probabilities.dtype), probabilities
 

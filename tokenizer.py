@@ -55,7 +55,7 @@ MAX_CACHED_WORDS = 2**17
 def split_word_pieces(word, vocab):
     """Split a word into the longest pieces of the vocabulary, from left to right.
 
-    If no piece fits at some place, the entire word becomes [UNK].
+    If no piece fits at some place, or the word has more than MAX_WORD_CHARACTERS letters, it becomes [UNK] as a whole.
     Source: Wu et al. 2016, section 4.1.
     """
     if len(word) > MAX_WORD_CHARACTERS:
@@ -133,8 +133,8 @@ def truncate_pair(a, b, room):
 def pack(first, second, cls_id, sep_id, limit=None):
     """Add the special tokens: [CLS] A [SEP] for one text (second is None), [CLS] A [SEP] B [SEP] for a pair.
 
-    `first` and `second` are lists of ids without special tokens. A limit cuts the texts until the result has at most
-    `limit` ids. Without a limit no token is lost.
+    `first` and `second` are lists of ids without special tokens. A limit cuts one text at its end, and a pair
+    with truncate_pair, to at most `limit` ids in all. Without a limit no token is lost.
     Returns (ids, segment ids); a segment id is 0 for [CLS] A [SEP] and 1 for B [SEP].
     """
     if second is None:

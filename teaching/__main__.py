@@ -17,9 +17,6 @@ def make_parser():
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
     starter = commands.add_parser("starter", help="write a copy without the answers, for students")
     starter.add_argument("out", help="the new folder")
-    starter.add_argument(
-        "--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what students write; default: all"
-    )
     sandbox = "The limits of the process that runs a student's functions are no sandbox against malice."
     grading = commands.add_parser("grade", help="print the points of a copy, and what to look at", epilog=sandbox)
     grading.add_argument("submission", help="the folder with the student's .py files")
@@ -29,6 +26,10 @@ def make_parser():
     grading.add_argument("--results", help="also write Gradescope's results.json to this file")
     handout = commands.add_parser("handout", help="write a page for each part, and a cover page")
     handout.add_argument("out", help="the new folder")
+    for command in (starter, handout):
+        command.add_argument(
+            "--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what students write; default: all"
+        )
     notebook = commands.add_parser("notebook", help="make a Jupyter notebook of the walk-through")
     notebook.add_argument("out", help="the .ipynb file; keep it beside bert.py")
     expected = commands.add_parser("expected", help="train the runs of the expected scores that have no result yet")
@@ -47,7 +48,7 @@ def main(argv=None):
     elif flags.command == "grade":
         grade(flags.submission, flags.part, flags.seed, flags.time, flags.results)
     elif flags.command == "handout":
-        write_handout(flags.out)
+        write_handout(flags.out, flags.parts)
     elif flags.command == "notebook":
         write_notebook(flags.out)
     elif flags.command == "expected":

@@ -33,8 +33,11 @@ WEEKS = (
         ("tokenizer", "attention", "layer", "embeddings"),
         "Set-up. At the end your BERT computes what the pretrained one does.",
     ),
-    (("optimizer", "losses", "classifier"), "The first training: BERT frozen, then fine-tuned, on the sample data."),
-    (("evaluation", "early_exit", "slf"), "Choose the question of your project and write half a page about it."),
+    (
+        ("optimizer", "losses", "classifier", "evaluation"),
+        "The first training: BERT frozen, then fine-tuned, on the sample data.",
+    ),
+    (("early_exit", "slf"), "Choose the question of your project and write half a page about it."),
     (("smart", "gradients", "adapters"), "Run the baseline of your project with three seeds."),
     ((), "The project: one change, three seeds, a report of four pages."),
 )
@@ -54,7 +57,9 @@ def describe_function(name):
     end = "\n" if "\n" in docstring else ""
     text = f'"""{docstring}{end}"""' if docstring else "..."
     body = "".join(f"    {line}\n" if line else "\n" for line in text.splitlines())
-    return f"# {name}\ndef {function.__name__}{inspect.signature(function)}:\n{body}"
+    # a default that is a function is printed by its name, not by its address
+    parameters = re.sub(r"<function (\w+) at 0x\w+>", r"\1", str(inspect.signature(function)))
+    return f"# {name}\ndef {function.__name__}{parameters}:\n{body}"
 
 
 def describe_blanks(part):
@@ -124,39 +129,40 @@ def part_page(name):
     return text.replace("@write", describe_blanks(part)).replace("@check", describe_checks(name, part))
 
 
-def schedule():
-    """Return the table of the weeks, and the sums of minutes and points."""
+def schedule(parts=PARTS):
+    """Return the table of the weeks with these parts, and the sums of minutes and points."""
     lines = ["| week | parts | hours | points | besides |", "|---|---|---|---|---|"]
     for week, (names, text) in enumerate(WEEKS, start=1):
+        names = [name for name in names if name in parts]
         links = ", ".join(f"[{name}]({name}.md)" for name in names)
         hours = sum(PARTS[name].minutes for name in names) / 60
         points = sum(PARTS[name].points for name in names)
         lines.append(
             f"| {week} | {links} | {hours:.1f} | {points} | {text} |" if names else f"| {week} | | | | {text} |"
         )
-    minutes, points = (sum(getattr(part, key) for part in PARTS.values()) for key in ("minutes", "points"))
-    return "\n".join([*lines, f"| | all {len(PARTS)} parts | {minutes / 60:.1f} | {points} | |"])
+    minutes, points = (sum(getattr(PARTS[name], key) for name in parts) for key in ("minutes", "points"))
+    return "\n".join([*lines, f"| | all {len(parts)} parts | {minutes / 60:.1f} | {points} | |"])
 
 
-def cover_page():
-    """Return the cover page."""
+def cover_page(parts=PARTS):
+    """Return the cover page of a course of these parts."""
     text = (PAGES / "cover.md").read_text(encoding="utf-8")
-    return text.replace("@schedule", schedule()).replace("@scores", score_table())
+    return text.replace("@schedule", schedule(parts)).replace("@scores", score_table())
 
 
-def pages():
-    """Return all pages of the handout: {file name: text}."""
-    made = {"README.md": cover_page(), "skeleton.md": (PAGES / "skeleton.md").read_text(encoding="utf-8")}
-    return made | {f"{name}.md": part_page(name) for name in PARTS}
+def pages(parts=PARTS):
+    """Return the pages of a handout on these parts: {file name: text}."""
+    made = {"README.md": cover_page(parts), "skeleton.md": (PAGES / "skeleton.md").read_text(encoding="utf-8")}
+    return made | {f"{name}.md": part_page(name) for name in parts}
 
 
-def write_handout(out):
-    """Write the handout into a new or empty folder.
+def write_handout(out, parts=PARTS):
+    """Write the handout on these parts into a new or empty folder.
 
     Raises: InputError for a folder that has files.
     """
     out = Path(out)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise InputError(f"{out} exists and is not empty: give a new folder")
-    for name, text in pages().items():
+    for name, text in pages(parts).items():
         write_whole(out / name, text.rstrip() + "\n")

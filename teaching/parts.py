@@ -2,7 +2,8 @@
 
 Everything else in this folder is made from this table and from the syntax tree of the modules at the top level:
 starter.py removes the blanks, grade.py compares a student's functions with the reference, the handout prints a page a
-part. To add a part, write a row and a file checks/PART.py with one function per check.
+part. To add a part, write a row, checks/PART.py with one function per check and pages/PART.md, and name it in
+handout.WEEKS. To remove one, take it out of WEEKS and of scores.RUNS too.
 
 A check earns all of its points or none. The points of a part are spread so that a mistake in any one of its functions
 costs at least a quarter of the part. tests/test_teaching.py makes sure of it with a list of typical mistakes.
@@ -573,7 +574,7 @@ PARTS = {
                 "lora",
                 1,
                 "LoRA",
-                "LoRA.forward: W h + b + (alpha / r) B A h, with h the layer's input (Hu et al. 2021, eq. 3)",
+                "LoRA.forward: W h + b + (alpha / m) B A h, with h the layer's input (Hu et al. 2021, eq. 3)",
             ),
             Check(
                 "pal",

@@ -107,8 +107,9 @@ def train_seed(name, seed, data_dir):
     """
     folder = RUNS_FOLDER / f"{re.sub(r'[^a-z0-9]+', '-', name.lower())}-{seed}"
     words = [*RUNS[name].command.split(), "--seed", str(seed), "--run_dir", str(folder), "--overwrite"]
-    if RUNS[name].data_dir is None and data_dir:
-        words += ["--data_dir", str(data_dir)]
+    if RUNS[name].data_dir is None:
+        # named, so that the program does not fall back to the sample where the course's data are missing
+        words += ["--data_dir", str(data_dir or ROOT / "data")]
     print(" ".join(words), flush=True)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     if subprocess.run([sys.executable, *words], cwd=ROOT, env=environment).returncode:

@@ -71,5 +71,5 @@ def write_starter(out, parts):
     for name in FOLDERS:
         shutil.copytree(ROOT / name, out / name, ignore=shutil.ignore_patterns(*LEFT_OUT))
     (out / "README.md").write_text(README.format(rows=table(parts)), encoding="utf-8")
-    write_handout(out / "handout")
+    write_handout(out / "handout", parts)
     write_expected(out / EXPECTED.relative_to(ROOT), parts)

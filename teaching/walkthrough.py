@@ -122,8 +122,8 @@ show("merged [b,s,d]", merged)
 print("weight on padding:", weights[1, :, :, mask[1] == 0].max().item())
 
 # %% [markdown]
-# A picture of the weights: row i shows where token i looks. Head 2 of layer 1 looks at the token before, head 5 mixes
-# tokens. No one programmed this; both heads learned it.
+# A picture of the weights: row i shows where token i looks. Of layer 1, head 2 (counted from 0)
+# looks at the token before, head 5 mixes tokens. No one programmed this; both heads learned it.
 
 # %%
 tokens = ["[CLS]", *pieces[0], "[SEP]"]

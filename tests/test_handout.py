@@ -90,6 +90,14 @@ def test_the_handout_is_written_once(tmp_path):
         assert [link for link in links if "://" not in link and link not in written] == []
 
 
+def test_a_course_of_some_parts_has_their_pages_only(tmp_path):
+    assert not main(["handout", str(tmp_path / "handout"), "--parts", "attention", "layer"])
+    cover = (tmp_path / "handout" / "README.md").read_text()
+    assert {path.stem for path in (tmp_path / "handout").iterdir()} == {"README", "skeleton", "attention", "layer"}
+    points = PARTS["attention"].points + PARTS["layer"].points
+    assert re.search(rf"\| all 2 parts \| [\d.]+ \| {points} \|", cover) and "(slf.md)" not in cover
+
+
 @pytest.mark.parametrize("name", PARTS)
 def test_a_page_prints_points_signatures_and_docstrings_of_today(name):
     part, page = PARTS[name], handout.part_page(name)
@@ -97,7 +105,11 @@ def test_a_page_prints_points_signatures_and_docstrings_of_today(name):
     for blank in part.blanks:
         function = handout.find_function(blank)
         function = getattr(function, "__func__", function)
-        assert f"# {blank}\ndef {function.__name__}{inspect.signature(function)}:\n" in page
+        assert f"# {blank}\ndef {function.__name__}(" in page
+        [parameters] = re.findall(rf"^# {re.escape(blank)}\ndef \w+\((.*)\):$", page, re.MULTILINE)
+        assert [word.partition("=")[0] for word in parameters.split(", ")] == list(
+            inspect.signature(function).parameters
+        )
         for line in (function.__doc__ or "").splitlines():
             assert line.strip() in page
     for check in part.checks:

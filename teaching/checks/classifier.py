@@ -71,7 +71,7 @@ class Rows:
     def __init__(self, batch):
         self.batch_of_all = batch
 
-    def batch(self, rows, positions):
+    def batch(self, rows, positions=slice(None)):
         """Return some rows as a batch, as Dataset.batch does."""
         rows, whole = rows[positions], self.batch_of_all
         segments = tuple(tuple(x[rows] for x in segment) for segment in whole.segments)
