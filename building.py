@@ -358,7 +358,7 @@ def build_plan(flags, depth):
     plan = start_plan(flags, depth, "exits" in needs_of_methods(flags))
     for method in METHODS:
         plan = method.plan(flags, depth, plan)
-    # a plan sees nothing but scores, so its phases are known before the training
+    # try the plan, with scores of 0: some phase must keep its model
     phases = plan()
     phase = next(phases)
     try:

@@ -1,29 +1,30 @@
 """Early exit: a classifier after every layer, and inference that leaves at the first exit that is sure enough.
 
-Many inputs do not need every layer. After layer i, exit i predicts with a pooler and heads of its own. h_i is the
-vector that its head sees, g_i(h_i) its prediction. Training adds up the losses of all exits (BERTer 3.3, after DeeBERT
-and BERxiT):
+Many inputs do not need every layer. After layer i, exit i predicts with a pooler and heads of its own. v_i is the
+vector that its head sees (its state), g_i(v_i) its prediction. Training adds up the losses of all exits (BERTer 3.3,
+after DeeBERT and BERxiT):
 
-    loss = sum_i w_i (L_i + J_i)        L_i = H(y, g_i(h_i)) is the task's loss at exit i, w_i the exit's weight
+    loss = sum_i w_i (L_i + J_i)        L_i = H(y, g_i(v_i)) is the task's loss at exit i, w_i the exit's weight
 
---exit_loss chooses the w_i. (The paper writes g_i(h_i; w_i): its w_i are the parameters of g_i.)
+--exit_loss chooses the w_i. (The paper writes g_i(h_i; w_i): its h_i is the hidden state of [CLS], its w_i are
+the parameters of g_i.)
 
 At inference a row leaves at the first exit whose certainty reaches the threshold of its task. Every row that gets to
 the last exit leaves there. There are two kinds of certainty:
 
     confidence   the largest probability of g_i (classification only)
-    LTE          "learning to exit": u_i = sigmoid(c . h_i + b), with one (c, b) per task for all its exits
+    LTE          "learning to exit": u_i = sigmoid(c . v_i + b), with one (c, b) per task for all its exits
 
 --early_exit trains u_i with J_i = (u_i - t_i)^2, for every task. The target t_i is 1 where g_i is right, else 0. For
-a regression it is 1 - tanh(|g_i - y| / scale). J_i trains (c, b) and, through h_i, the pooler and BERT. It does not
+a regression it is 1 - tanh(|g_i - y| / scale). J_i trains (c, b) and, through v_i, the pooler and BERT. It does not
 train the heads, because no gradient passes through t_i.
 
 The thresholds are chosen on dev. A threshold looks better on the rows that chose it than on new rows. So dev is cut
 into FOLDS parts, and the rows of each part are scored with thresholds that were chosen on the other parts.
 
 Differs: BERTer has no scale. Its labels go from 0 to 5, and tanh(2) is almost tanh(5). Here the scale is half the
-range of the labels, so that the largest error gives tanh(2). In the paper h_i is the hidden state of [CLS]. BERxiT's
-published code trains the opposite, the probability to go on, and leaves below a threshold.
+range of the labels, so that the largest error gives tanh(2). BERxiT's published code trains the opposite, the
+probability to go on, and leaves below a threshold.
 """
 
 import copy
@@ -80,7 +81,7 @@ class LTE(nn.Module):
     """Learning to exit: estimates from the head's input how good the head's prediction is.
 
     Shapes: certainty: [b,w] -> [b].
-    Source: BERTer 3.3, u_i = sigmoid(c . h_i + b); BERxiT.
+    Source: BERTer 3.3, u_i = sigmoid(c . v_i + b); BERxiT.
     """
 
     def __init__(self, width):

@@ -114,7 +114,7 @@ def add_course_flags(group):
     group.add_argument("--preset", action=Preset, choices=tuple(PRESETS), help=stands_for)
     group.add_argument("--use_gpu", action="store_true", help="train on CUDA or Apple's MPS where there is one")
     group.add_argument("--tasks", nargs="+", choices=tuple(TASKS), default=["sst", "para", "sts"], help="what to learn")
-    group.add_argument("--epochs", type=positive_int, default=5, help="number of epochs")
+    group.add_argument("--epochs", type=positive_int, default=5, help="number of epochs (--epoch_size)")
     group.add_argument(
         "--epoch_size", type=phase_epochs, default=1.0, help="passes over each task's part of the data in one epoch"
     )
@@ -122,7 +122,7 @@ def add_course_flags(group):
     group.add_argument(
         "--lr", type=positive, help="peak learning rate; default by optimiser, training, and size of BERT"
     )
-    group.add_argument("--hidden_dropout_prob", type=below_one, default=0.3, help="dropout before the heads")
+    group.add_argument("--hidden_dropout_prob", type=below_one, default=0.3, help="dropout of the heads alone")
     group.add_argument("--seed", type=seed, default=11711, help="seed of everything random")
 
 

@@ -5,7 +5,7 @@ command line, the checks and the construction of terms, plans and adapters loop 
 step by step.
 
     loss term   term(model, batch, outputs, exit_weights) -> [b]      added to the task's loss, per example
-    plan        a generator of phases (slf.py)                        what is trained, when, on which exits
+    plan        a function that starts a generator of phases (slf.py) what is trained, when, on which exits
     adapter     small modules inside the layers (adapters.py)         one more kind in adapters.KINDS
     rates       {parameter name: factor}                              a learning rate of its own
 """
@@ -75,7 +75,7 @@ class Method:
     adapters: Callable = no_module  # (flags, config, task names, generator) -> module for BERT's adapter slot
     trains: Callable = no_module  # (flags, model) -> names of the parameters that may train; None: all
     rates: Callable = nothing  # (flags, model) -> {parameter name: factor of the learning rate}
-    gradients: Callable = no_module  # (flags, parameters, generator) -> gradients.Combiner
+    gradients: Callable = no_module  # (flags, parameters, generator) -> gradients.Combiner; the first one counts
     exit_settings: Callable = no_module  # (flags, tasks) -> early_exit.ExitSettings
 
 

@@ -79,7 +79,7 @@ class Phase:
     """
 
     label: str
-    fraction: float  # length in epochs of all the rows; may be above 1
+    fraction: float  # length in passes over the data, such as .5 or 2
     exit_weights: tuple
     modules: Callable = everything
     # (k, n): number k, from 0, of n phases with one learning-rate schedule; they share an optimiser too, as long as
@@ -241,7 +241,7 @@ def check_alternating(flags, typed):
 def add_slf_flags(group):
     """The flags of Sequential Layer Focus."""
     group.add_argument("--slf", action="store_true", help="Sequential Layer Focus: layer by layer, then all layers")
-    group.add_argument("--slf_epochs", type=phase_epochs, default=0.25, help="epochs per layer in stage 1 of --slf")
+    group.add_argument("--slf_epochs", type=phase_epochs, default=0.25, help="passes over the data per stage-1 layer")
 
 
 def check_slf(flags, typed):

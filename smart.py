@@ -7,7 +7,7 @@ the task's divergence (symmetrised KL for classes, squared difference for values
     AdversarialSmart   lambda * max over |delta|_inf <= radius of l_s(f(x + delta), f(x))      the worst small move
     GaussianSmart      lambda * mean over the outputs of (f(x + noise) - f(x))^2               a random small move
     Bregman            mu * l_s(f(x; theta), f(x; theta_t)), theta_t a slow average of theta   a move of the weights
-    LNSR               lambda * mean over layers r and units of (h_r(x + noise) - h_r(x))^2    a move of hidden states
+    LNSR               lambda * mean over layers i, tokens, units of (h_i(x + noise) - h_i(x))^2
 
 The maximum is approximated in one step: start at a small random delta_0, because at delta = 0 the divergence has no
 slope; step along the gradient g; clip into the box: delta = clip(delta_0 + step * g / |g|_inf, -radius, radius).
@@ -37,7 +37,7 @@ from tasks import widen
 RADIUS, STEP_PER_RADIUS = 0.03, 100
 # Standard deviation of the noise: GaussianSmart's in the units of the embeddings, LNSR's in multiples of their RMS.
 GAUSSIAN_SIGMA, LNSR_SIGMA = 0.05, 0.05
-# Decay of Bregman's teacher: EARLY_DECAY in the first tenth (EARLY) of the training, then LATE_DECAY.
+# Decay of Bregman's teacher: EARLY_DECAY in the first tenth (EARLY) of a schedule, then LATE_DECAY.
 EARLY, EARLY_DECAY, LATE_DECAY = 0.1, 0.99, 0.999
 
 
@@ -286,8 +286,8 @@ class Bregman(SmoothnessTerm):
     def after_step(self, model, progress):
         """Move the teacher towards the model.
 
-        Units: progress is the finished part of the phases with a common learning-rate schedule, from 0 to 1. So a plan
-            with two stages has the early decay at the start of each.
+        Units: progress is the finished part of the phases with a common learning-rate schedule, from 0 to 1. So each
+            layer's phase in stage 1 of SLF has the early decay at its start, and stage 2 at its own.
         """
         decay = EARLY_DECAY if progress < EARLY else LATE_DECAY
         parameters = dict(model.named_parameters())
@@ -316,7 +316,7 @@ class LNSR(NoiseTerm):
         it enters below layer 1, so that every layer is covered, and all layers have the same weight.
     """
 
-    def states(self, model, batch, embeds, rng, stop):
+    def hidden(self, model, batch, embeds, rng, stop):
         """Hidden states after the layers 1 .. stop, float32 or wider. Shapes: per layer one [b,s,d] per pass."""
         device = embeds[0].device
         with replay_dropout(rng, device), torch.autocast(device.type, enabled=False):
@@ -327,8 +327,8 @@ class LNSR(NoiseTerm):
         embeds, masks, stop = tuple(widen(h) for h in outputs.embeds), model.masks(batch), max(exit_weights)
         scale = LNSR_SIGMA * root_mean_square(embeds, masks)  # [b,1,1]
         noise = tuple(scale * x for x in self.draw(embeds, masks, batch))
-        clean = self.states(model, batch, embeds, outputs.rng, stop)
-        noisy = self.states(model, batch, add(embeds, noise), outputs.rng, stop)
+        clean = self.hidden(model, batch, embeds, outputs.rng, stop)
+        noisy = self.hidden(model, batch, add(embeds, noise), outputs.rng, stop)
         change = sum(
             # mean over the units, sum over the real tokens: [b,s,d] to [b,s] to [b]
             ((x - y).square().mean(-1) * mask).sum(-1)

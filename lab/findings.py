@@ -2,22 +2,28 @@
 
 The sentences stand in findings.toml; numbers.py fills in what was measured. A claim states in advance which numbers
 would confirm or refute it, as two conditions. The generator applies them. A verdict that a person typed must be the one
-that the conditions give, otherwise no page is written. A claim without any number is marked "not run".
+that the conditions give, otherwise no page is written. A claim is "not run" where a number is missing that its
+conditions need.
 """
 
+import math
 import re
 import tomllib
 from pathlib import Path
 
+import numpy as np
+
 from errors import InputError
 from files import write_whole
-from lab.numbers import all_descriptions, fill, read_numbers
+from lab.numbers import Number, all_descriptions, fill, read_numbers
 from lab.tables import markdown
 
 CLAIMS = Path(__file__).with_name("findings.toml")
 CONFIRMED, REFUTED, UNDECIDED, NOT_RUN = "confirmed", "refuted", "not decided here", "not run"
-# what a condition may call
-FUNCTIONS = {"abs": abs, "min": min, "max": max}
+# what a condition may call; unlike the built-in functions, these return NaN if a value is NaN
+FUNCTIONS = {"abs": abs, "min": lambda *values: np.min(values), "max": lambda *values: np.max(values)}
+# a number that was not measured: every comparison with it is false
+MISSING = Number(math.nan, "", math.nan)
 
 
 def used_numbers(text, numbers):
@@ -32,11 +38,12 @@ def verdict_of(claim, numbers):
     """
     typed, conditions = claim.get("verdict"), {word: claim[word] for word in (CONFIRMED, REFUTED) if word in claim}
     needed = used_numbers(" ".join(conditions.values()), numbers) if conditions else numbers
-    if None in needed.values() if conditions else numbers and not any(numbers.values()):
-        return NOT_RUN
     if not conditions:
-        return typed
-    held = [word for word, text in conditions.items() if eval(text, {"__builtins__": {}} | FUNCTIONS, needed)]
+        return NOT_RUN if numbers and not any(numbers.values()) else typed
+    known = {name: number or MISSING for name, number in needed.items()}
+    held = [word for word, text in conditions.items() if eval(text, {"__builtins__": {}} | FUNCTIONS, known)]
+    if not held and None in needed.values():
+        return NOT_RUN
     if len(held) > 1:
         raise InputError(f"{CLAIMS.name}: {claim['claim']!r}: both conditions hold: make them exclude each other")
     measured = held[0] if held else UNDECIDED

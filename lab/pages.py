@@ -46,7 +46,9 @@ def answer(group, source):
         which = "no row of this table was run" if not rows else "the rows that are compared were not run"
         return [f"Not answered: {which}."]
     if missing:
-        texts.append(f"{len(missing)} of {len(content.rows)} rows were not run; nothing is said about them.")
+        texts.append(
+            f"{len(missing)} of {len(content.rows)} runs (further seeds count) are missing; nothing is said about them."
+        )
     return [f"- {text}" for text in texts]
 
 

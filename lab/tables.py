@@ -50,7 +50,11 @@ COLUMNS = {
     **{task: (".3f", at(f"last/{task}"), "") for task in TASKS},
     "norm": (".3f", at("last/norm"), ""),
     "raw": (".3f", at("last/raw"), ""),
-    "best norm": (".3f", at("best/norm"), "is the highest norm of any phase, so it was chosen on the same dev data"),
+    "best norm": (
+        ".3f",
+        at("best/norm"),
+        "is the norm of the kept model: the highest of any phase, so it was chosen on the same dev data",
+    ),
     "train sst": (".3f", at("measured/train_scores/sst"), "is the accuracy of the kept model on 1,000 training rows"),
     "Quora positive": (
         ".3f",
