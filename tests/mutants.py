@@ -608,7 +608,7 @@ MUTANTS = [
             "is_best = scores.norm, phase.keep and scores.norm > history.best",
             "is_best = scores.norm, scores.norm > history.best",
             "A model of SLF's first stage may become the best model.",
-            "slf methods program",
+            "program:first_stage",
         ),
         # --- multitask_classifier.py ---
         (
@@ -1192,7 +1192,7 @@ MUTANTS = [
             'sorted(entries or (), key=lambda entry: "=" in entry)',
             "(entries or ())",
             "A value for all tasks overrides a task's own value if it comes later.",
-            "program:bad_flags",
+            "methods:names_a_task_wins",
         ),
         # --- methods.py ---
         (

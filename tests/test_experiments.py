@@ -18,7 +18,6 @@ from lab import compare, ensemble, experiments, measure, pages, panels, peer, re
 from lab.numbers import Source, against_baseline
 from lab.record import Place, load_rows, read_row, write_row
 from lab.rows import GROUPS, command_of, slug, split_name
-from methods import per_task
 from runs import FORMAT
 from tasks import build_tasks
 
@@ -255,11 +254,6 @@ def test_a_table_is_replaced_between_its_markers(tmp_path):
     assert path.read_text() == "a\n<!-- table -->\nnew\n<!-- end table -->\nz\n"
     tables.replace_between(tmp_path / "other.md", "table", "new\n")
     assert (tmp_path / "other.md").read_text() == "<!-- table -->\nnew\n<!-- end table -->\n"
-
-
-@pytest.mark.parametrize("entries", [["sst=0.9", "0.5"], ["0.5", "sst=0.9"]])
-def test_an_entry_that_names_a_task_wins(entries):
-    assert per_task(entries, "--flag", ["sst", "sts"], float) == {"sst": 0.9, "sts": 0.5}
 
 
 def write_predictions(folder, values, gold):

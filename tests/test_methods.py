@@ -13,6 +13,7 @@ from bert import BertModel
 from building import build, build_table, read_data
 from errors import InputError
 from flags import check_flags, parse_flags
+from methods import per_task
 from multitask_classifier import TaskLoss, make_model, pair_features, phase_steps, set_trainable, train_step
 from tokenizer import BertTokenizer
 
@@ -147,6 +148,11 @@ def test_exits_for_training_alone_have_no_learning_to_exit(program, start):
     """Sequential Layer Focus by itself trains exits to teach the layers, not to leave by."""
     assert set(make_parts(program, start, "--slf").terms) == {"loss"}
     assert set(make_parts(program, start, "--slf --early_exit").terms) == {"loss", "lte"}
+
+
+@pytest.mark.parametrize("entries", [["sst=0.9", "0.5"], ["0.5", "sst=0.9"]])
+def test_an_entry_that_names_a_task_wins(entries):
+    assert per_task(entries, "--flag", ["sst", "sts"], float) == {"sst": 0.9, "sts": 0.5}
 
 
 def test_the_schedule_multiplies_the_peak_learning_rate_and_not_the_last_one(program, start):

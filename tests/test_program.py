@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from itertools import chain, combinations, count
 from pathlib import Path
@@ -108,6 +109,21 @@ def assert_same_end(run, whole):
 
 
 # --- a full run ---------------------------------------------------------------------------------------------------
+
+
+def test_no_model_of_the_first_stage_is_the_best_one(program, monkeypatch):
+    """With dev scores that fall from phase to phase, the model after the first epoch of stage 2 is kept."""
+    norms = iter([0.9, 0.8, 0.7, 0.6])
+    evaluate_dev = multitask_classifier.evaluate_dev
+
+    def falling(parts, exit_layer):
+        scores, predictions = evaluate_dev(parts, exit_layer)
+        return replace(scores, norm=next(norms)), predictions
+
+    monkeypatch.setattr(multitask_classifier, "evaluate_dev", falling)
+    progress = state_of(program.train_quickly("falling", "--slf", "--epochs", 2, "--keep_last"))["progress"]
+    assert progress["scores"] == [0.9, 0.8, 0.7, 0.6]
+    assert (progress["best"], progress["best_phase"]) == (0.7, "epoch 1/2")
 
 
 def test_a_run_leaves_its_files(program, whole, capsys):
