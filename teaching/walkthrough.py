@@ -5,7 +5,8 @@
 #
 # This file takes two sentences from text to scores, step by step, and checks each step against the program's own code.
 # It shows the shape of every tensor. The letters are those of bert.py: b sentences in the batch, s tokens, d hidden
-# units, h attention heads, k units of a head, L layers.
+# units, h attention heads, k units of a head, f units of the feed-forward network, L layers. Outside a shape, h is a
+# hidden state [b,s,d].
 #
 # Run the cells in an editor that understands `# %%`, or run the entire file with
 # `.venv/bin/python -m teaching.walkthrough`, or make a notebook with
