@@ -104,7 +104,7 @@ class BertLayer(nn.Module):
     """One Transformer layer: attention and feed-forward, each followed by add and norm.
 
     `adapt(site, output)` returns what replaces an output of the layer. The sites are "query", "key" and "value" (the
-    projections of h), "attention" and "feed_forward" (a sub-layer's output, before the residual is added), and
+    projections of h), "attention" and "feed_forward" (a sub-layer's output after dropout, before the residual), and
     "output" (after the last LayerNorm).
 
     Source: Vaswani et al. (2017), section 3.1; Devlin et al. (2019), section 3.

@@ -274,9 +274,9 @@ def phase_steps(parts, phase, position):
 def train_step(parts, optimizer, terms, step, multiplier):
     """Take one optimiser step over the (task, batches, exit weights) of `step`.
 
-    Returns a list of (task, rows, {term: sum over this process's examples}), one entry for each batch, and the cosines
-    between the tasks' gradients where they are measured. Only gradient surgery, adversarial SMART and fp16's loss
-    scaler wait for the device.
+    Returns a list of (task, rows of the batch, {term: sum}) for the batches, and the cosines between the tasks'
+    gradients where they are measured. A sum is over this process's examples and detached. Only gradient surgery,
+    adversarial SMART and fp16's loss scaler wait for the device.
     """
     results, precision = [], parts.precision
     for name, batches, exit_weights in step:

@@ -167,9 +167,8 @@ PARTS = {
                 "adapters",
                 2,
                 "what the adapter slot sees and replaces",
-                'BertLayer.forward: adapt("attention", MH(h)) and adapt("feed_forward", FFN(x)) before the '
-                "residuals, "
-                'adapt("output", ...) after the last LayerNorm; the self-attention gets adapt too',
+                'BertLayer.forward: adapt("attention", MH(h)) and adapt("feed_forward", FFN(x)) after dropout, before '
+                'the residuals; adapt("output", ...) after the last LayerNorm; the self-attention gets adapt too',
             ),
         ),
     ),
@@ -235,7 +234,8 @@ PARTS = {
                 "rmsprop",
                 2,
                 "steps of RMSprop",
-                "RMSprop.update: v <- gamma v + (1 - gamma) g^2, then p <- p - lr g / (sqrt(v) + eps), then the decay",
+                "RMSprop.update: v <- gamma v + (1 - gamma) g^2, then p <- p - lr g / (sqrt(v) + eps), then the decay; "
+                "change p and v in place",
             ),
             Check(
                 "training",
@@ -329,7 +329,8 @@ PARTS = {
                 3,
                 "several exits, given embeddings, cached features",
                 "MultitaskBERT.forward: return states and logits for every layer in `exits`, run no layer above the "
-                "last of them, use `embeds` in place of the lookup, and pass cached features to the last head",
+                "last of them, use `embeds` in place of the lookup, and pass cached features to the last head; `rng` "
+                "is the generator's state before the first layer",
             ),
             Check(
                 "loss",
@@ -349,7 +350,7 @@ PARTS = {
                 3,
                 "the update, the learning rate, clipping and what the step returns",
                 "train_step: combine the gradients, set lr = initial_lr * multiplier, clip, take the step, clear the "
-                "gradients; return (task, rows, {term: sum over the examples}) for each batch",
+                "gradients; return (task, rows, {term: sum over the examples}) for each batch, the sums detached",
             ),
         ),
     ),

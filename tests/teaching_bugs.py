@@ -90,6 +90,15 @@ BUGS = {
         "return adapt('output', x + adapt('feed_forward', self.out_dropout(ffn)))",
         "layer",
     ),
+    "adapters before dropout": (
+        "bert.py",
+        """        attended = self.attention_dropout(self.attention_dense(self.self_attention(h, extended_mask, adapt)))
+        # x: the residual adds the input, so the sub-layer learns only a change of it
+        middle = self.attention_layer_norm(h + adapt("attention", attended))""",
+        """        attended = self.attention_dense(self.self_attention(h, extended_mask, adapt))
+        middle = self.attention_layer_norm(h + self.attention_dropout(adapt("attention", attended)))""",
+        "layer",
+    ),
     "no activation": ("bert.py", "self.interm_af(self.interm_dense(middle))", "self.interm_dense(middle)", "layer"),
     "no dropout of the attention": (
         "bert.py",
@@ -268,7 +277,41 @@ BUGS = {
         "    return",
         "classifier",
     ),
+    "learning rate multiplied again and again": (
+        "multitask_classifier.py",
+        'group["lr"] = group["initial_lr"] * multiplier',
+        'group["lr"] *= multiplier',
+        "classifier",
+    ),
+    "gradients not combined": ("multitask_classifier.py", "    parts.gradients.combine()\n", "", "classifier"),
+    "gradients not unscaled": (
+        "multitask_classifier.py",
+        "    precision.scaler.unscale_(optimizer)\n",
+        "",
+        "classifier",
+    ),
+    "loss not scaled": ("multitask_classifier.py", "precision.scaler.scale(loss)", "loss", "classifier"),
+    "weight of the process ignored": ("multitask_classifier.py", "weight * term(", "term(", "classifier"),
+    "sums keep their graph": ("multitask_classifier.py", "value.detach().sum()", "value.sum()", "classifier"),
+    "gradients set to 0": (
+        "multitask_classifier.py",
+        "zero_grad(set_to_none=True)\n    return results",
+        "zero_grad(set_to_none=False)\n    return results",
+        "classifier",
+    ),
+    "random state after the layers": (
+        "multitask_classifier.py",
+        "return Outputs(embeds, states, logits, rng)",
+        "return Outputs(embeds, states, logits, get_state())",
+        "classifier",
+    ),
     # --- evaluation ---
+    "the task's own metric left out": (
+        "evaluation.py",
+        "(PEARSON, SPEARMAN, task.metric)",
+        "(PEARSON, SPEARMAN)",
+        "evaluation",
+    ),
     "threshold at a score": (
         "evaluation.py",
         "(scores[1:] + scores[:-1]) / 2",
@@ -353,6 +396,18 @@ BUGS = {
         "slf",
     ),
     # --- smart ---
+    "largest gradient of the first pass only": (
+        "smart.py",
+        "for g in gradient]).amax(0)[:, None, None]",
+        "for g in gradient[:1]]).amax(0)[:, None, None]",
+        "smart",
+    ),
+    "a vanished perturbation is not noticed": (
+        "smart.py",
+        "        self.check(batch.task, outputs.embeds, start, end, perturbed, divergence)\n",
+        "",
+        "smart",
+    ),
     "descent instead of ascent": ("smart.py", "(x + step * g).clamp", "(x - step * g).clamp", "smart"),
     "perturbation not clipped": ("smart.py", "(x + step * g).clamp(-radius, radius)", "(x + step * g)", "smart"),
     "gradient normalised over the batch": (
@@ -393,6 +448,19 @@ BUGS = {
         "smart",
     ),
     # --- gradients ---
+    "infinite gradients projected": (
+        "gradients.py",
+        "        if not np.isfinite(gram).all():\n            return combination  # float16 overflowed: the sum stays "
+        "infinite, and the gradient scaler skips the step\n",
+        "",
+        "gradients",
+    ),
+    "cosine not clipped": (
+        "gradients.py",
+        "np.clip(dot / (norm * other_norm), -1.0, 1.0)",
+        "dot / (norm * other_norm)",
+        "gradients",
+    ),
     "projection without conflict": (
         "gradients.py",
         "-dot / other_norm**2 if dot < 0 else 0.0",

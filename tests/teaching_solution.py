@@ -275,6 +275,7 @@ if flat:
 from scipy.stats import rankdata
 metrics = {"pearson": PEARSON.function(values, labels)}
 metrics["spearman"] = 0.0 if flat else PEARSON.function(rankdata(values), rankdata(labels))
+metrics[task.metric.name] = task.metric.function(values, labels)
 return {**metrics, "mean_prediction": mean, "sd_prediction": 0.0 if flat else sd}, warnings
 """,
     "early_exit.certainty_target": """

@@ -3,9 +3,12 @@
 from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
+from unittest import mock
 
 import torch
 
+import parallel
+from base_bert import dropout_state
 from gradients import Sum
 from multitask_classifier import Outputs, TaskLoss, train_step
 from optimizer import SGD
@@ -43,6 +46,17 @@ def exits(draw):
     features = draw.normal(len(batch), model.width(task))
     cached = model(replace(batch, segments=(), features=features))
     draw.show(task=task.name, input_ids=batch.segments[0][0], mask=batch.segments[0][1])
+    # with dropout, and layers that draw random numbers
+    get, put = dropout_state(torch.device("cpu"))
+    for module in model.train().modules():
+        if hasattr(module, "p"):
+            module.p = 0.5
+    torch.manual_seed(draw.number(0, 2**31))
+    state = get()
+    model.embed(batch)
+    before_layers = get()
+    put(state)
+    dropped = model(batch)
     return {
         "embeds": first.embeds[0],
         **by_exit("state", both.states),
@@ -50,7 +64,7 @@ def exits(draw):
         **by_exit("logits for embeds * 2, exit", changed.logits),
         **by_exit("logits without upper layers, exit", alone),
         **by_exit("logits for features, exit", cached.logits),
-        "state of the dropout generator": str(both.rng.dtype),
+        "rng is the state before the first layer": torch.equal(dropped.rng, before_layers),
     }
 
 
@@ -79,15 +93,19 @@ class Rows:
         return replace(whole, segments=segments, labels=whole.labels[rows], ids=ids)
 
 
-class NoScaler:
-    """A stand-in for the loss scaler of fp16, which is off."""
+class Scaler:
+    """A stand-in for the loss scaler of fp16: twice the loss, and half the gradients before the step."""
 
     def scale(self, loss):
-        """Return the loss."""
-        return loss
+        """Return twice the loss."""
+        return 2 * loss
 
     def unscale_(self, optimizer):
-        """Do nothing."""
+        """Halve the gradients."""
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.grad /= 2
 
     def step(self, optimizer):
         """Take the optimiser's step."""
@@ -97,6 +115,29 @@ class NoScaler:
         """Do nothing."""
 
 
+class LateSum(Sum):
+    """A stand-in for gradient surgery: the parameters have no gradient before `combine`."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters)
+        self.held = [None] * len(self.parameters)
+
+    def add(self, task, loss):
+        """Add the loss's gradients to those that are held."""
+        for parameter, gradient in zip(self.parameters, self.held, strict=True):
+            parameter.grad = gradient
+        super().add(task, loss)
+        self.held = [parameter.grad for parameter in self.parameters]
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def combine(self):
+        """Put the held gradients into the parameters."""
+        for parameter, gradient in zip(self.parameters, self.held, strict=True):
+            parameter.grad = gradient
+        super().combine()
+
+
 def draw_parts(draw, clip):
     """Return the parts of a run that a step needs, and an optimiser."""
     model = draw.model(layers=2, with_exits=True)
@@ -104,11 +145,11 @@ def draw_parts(draw, clip):
     parts = SimpleNamespace(
         model=model,
         data={name: {"train": data} for name, data in rows.items()},
-        gradients=Sum(list(model.parameters())),
-        precision=SimpleNamespace(device=torch.device("cpu"), autocast=nullcontext, scaler=NoScaler()),
+        gradients=LateSum(list(model.parameters())),
+        precision=SimpleNamespace(device=torch.device("cpu"), autocast=nullcontext, scaler=Scaler()),
         settings=SimpleNamespace(task_weights={"sst": 1.0, "para": 0.5, "sts": 2.0}, clip=clip),
     )
-    optimizer = SGD(model.parameters(), lr=0.1)
+    optimizer = SGD(model.parameters(), lr=0.7)  # the rate of an earlier step
     for group in optimizer.param_groups:
         group["initial_lr"] = 0.1
     return parts, optimizer
@@ -130,7 +171,10 @@ def take_step(draw, batches, clip=0.0, multiplier=1.0, name="sst"):
     before = [parameter.detach().clone() for parameter in chosen]
     step = [(name, [torch.tensor(rows) for rows in batches], {1: 0.5, 2: 1.0})]
     rows_before = [len(rows) for rows in batches]
-    results, _ = train_step(parts, optimizer, {"loss": TaskLoss(), "half": half_term}, step, multiplier)
+    terms = {"loss": TaskLoss(), "half": half_term}
+    # as if this process had half of the weight in the sums
+    with mock.patch.object(parallel, "share", lambda count: (slice(0, count), 0.5)):
+        results, _ = train_step(parts, optimizer, terms, step, multiplier)
     changes = torch.cat([(new.detach() - old).flatten() for new, old in zip(chosen, before, strict=True)])
     draw.show(task=name, rows_of_each_batch=str(rows_before), clip=clip, multiplier=multiplier)
     return changes, parts, results
@@ -152,11 +196,12 @@ def step(draw):
     name = draw.choice(("sst", "para", "sts"))
     changes, parts, results = take_step(draw, [[0, 1], [2]][: 1 + draw.size], clip, draw.uniform(0.2, 0.8), name)
     plain, *_ = take_step(draw, [[0, 1, 2]], 0.0, 0.5, name)
-    sums = [float(value) for _, _, values in results for value in values.values()]
+    sums = [value for _, _, values in results for value in values.values()]
     return {
         "change with clipping": changes,
         "change without clipping": plain,
         "tasks and terms": " ".join(f"{task}:{'+'.join(values)}:{len(rows)}" for task, rows, values in results),
-        "sums of the terms": sums,
-        "gradients after the step": sum(p.grad is not None and bool(p.grad.any()) for p in parts.model.parameters()),
+        "sums of the terms": [float(value) for value in sums],
+        "sums that hold their graph": sum(value.requires_grad for value in sums),
+        "parameters with a gradient after the step": sum(p.grad is not None for p in parts.model.parameters()),
     }

@@ -64,7 +64,7 @@ def three_tasks(draw):
         # what depends on the order of the visits: the different rows, sorted
         results[f"rows of {task} over all orders"] = np.unique(rows[:, i].round(8), axis=0)
     broken = gram.copy()
-    broken[0, 1] = np.inf
+    broken[0, 0] = np.inf
     results["coefficients of infinite gradients"] = rule.coefficients(tasks, broken)
     gram[:] = original
     return results
@@ -82,6 +82,7 @@ def turn(draw):
     rule.targets["sst-sts"] = 0.4
     factors.append(float(rule.factor("sst-sts", 0.2, 1.0, 1.0)))
     factors.append(float(rule.factor("sst-sts", 0.6, 1.0, 1.0)))
+    factors.append(float(rule.factor("sst-sts", -1 - 1e-12, 1.0, 1.0)))  # rounding: a cosine below -1
     return {"factors": factors, "targets of sst-para": targets, "target of sst-sts": float(rule.targets["sst-sts"])}
 
 

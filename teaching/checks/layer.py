@@ -50,8 +50,9 @@ def dropout(draw):
 
 
 def adapters(draw):
-    """Change the output of each site of the adapter slot, and note the order of the sites."""
+    """Change the output of each site of the adapter slot, after dropout, and note the order of the sites."""
     layer, h = draw_layer(draw)
+    layer.attention_dropout, layer.out_dropout = Scale(), Scale()
     mask, sites = extended(draw, h), []
     factors = {
         site: 1 + 0.5 * i for i, site in enumerate(("query", "key", "value", "attention", "feed_forward", "output"))
@@ -59,7 +60,7 @@ def adapters(draw):
 
     def adapt(site, output):
         sites.append(site)
-        return output * factors[site]
+        return output * factors[site] + 1
 
     result = layer(h, mask, adapt)
     return {"forward": result, "sites": " ".join(sites)}

@@ -3,13 +3,16 @@
 import torch
 
 from smart import AdversarialSmart, Bregman, GaussianSmart
+from tasks import build_tasks
+
+from .common import call
 
 TASKS = ("sst", "para", "sts")
 
 
 def draw_case(draw):
     """Return a model, a batch, the outputs of the loop's pass and exit weights. Size 2 has dropout."""
-    model = draw.model(layers=2, with_exits=True)
+    model = draw.model(build_tasks(pairs={"sts": "siamese"}), layers=2, with_exits=True)
     task = model.tasks[TASKS[draw.size]]
     if draw.size == 2:
         model.train()
@@ -19,7 +22,7 @@ def draw_case(draw):
     batch = draw.batch(task, b=1 + draw.size)
     torch.manual_seed(draw.number(0, 2**31))
     weights = {model.depth: 1.0} if draw.size == 0 else {1: 0.5, model.depth: 1.0}
-    draw.show(task=task.name, input_ids=batch.segments[0][0], mask=batch.segments[0][1])
+    draw.show(task=task.name, input_ids=batch.segments[0][0], mask=batch.segments[0][1], exit_weights=str(weights))
     return model, batch, model(batch, exits=tuple(weights)), weights
 
 
@@ -28,7 +31,8 @@ def ascent(draw):
     model, batch, outputs, weights = draw_case(draw)
     term = AdversarialSmart(TASKS, draw.generator(), radius=draw.choice((0.03, 0.1)))
     start, end = term.perturb(model, batch, outputs, weights)
-    return {"start": start[0], "end": end[0], "passes": len(end)}
+    starts = {f"start of pass {k}": delta for k, delta in enumerate(start, 1)}
+    return starts | {f"end of pass {k}": delta for k, delta in enumerate(end, 1)}
 
 
 def penalised(term, model, batch, outputs, weights):
@@ -44,7 +48,10 @@ def penalty(draw):
     """Compute the adversarial penalty."""
     model, batch, outputs, weights = draw_case(draw)
     term = AdversarialSmart(TASKS, draw.generator(), weight=draw.choice((0.5, 3.0)), radius=0.3)
-    return penalised(term, model, batch, outputs, weights)
+    results = penalised(term, model, batch, outputs, weights)
+    vanishing = AdversarialSmart(TASKS, draw.generator(), radius=1e-30)
+    refused = call(vanishing.penalty, model, batch, outputs, weights) == "InputError"
+    return results | {"a perturbation that changes nothing is refused (self.check)": refused}
 
 
 def gaussian(draw):
@@ -65,8 +72,8 @@ def teacher(draw):
             parameter += 100 * draw.normal(*parameter.shape)
             other += 100
         term.after_step(model, progress)
-        results[f"teacher's pooler bias at progress {progress}"] = term.teacher["bert.pooler_dense.bias"]
-        results[f"teacher's positions at progress {progress}"] = term.teacher["bert.pos_embedding.weight"][0]
-        results[f"model's pooler bias at progress {progress}"] = parameter
+        results[f"teacher's pooler bias at progress {progress}"] = term.teacher["bert.pooler_dense.bias"].clone()
+        results[f"teacher's positions at progress {progress}"] = term.teacher["bert.pos_embedding.weight"][0].clone()
+        results[f"model's pooler bias at progress {progress}"] = parameter.detach().clone()
     draw.show(steps="the model moves by about 100 before each step")
-    return {key: value.detach().clone() for key, value in results.items()}
+    return results
