@@ -221,8 +221,8 @@ def test_a_failed_run_is_not_recorded(record, monkeypatch):
         return type("Done", (), {"returncode": 130})
 
     monkeypatch.setattr(scores.subprocess, "run", run)
-    line = refusal(scores.run_expected, ["course, frozen"], 1, "/somewhere")
-    assert "course, frozen, seed 1" in line and not record.exists()
+    line = refusal(scores.run_expected, ["SST alone, frozen"], 1, "/somewhere")
+    assert "SST alone, frozen, seed 1" in line and not record.exists()
     [(words, threads)] = started
     assert threads == "1" and words[:3] == ["multitask_classifier.py", "--weights", "minilm"]
     assert words[-2:] == ["--data_dir", "/somewhere"] and "--overwrite" in words
