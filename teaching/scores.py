@@ -166,7 +166,7 @@ def score_table(part=None):
         "",
         "Dev scores of the best epoch, as the program prints them at the end: the mean over the seeds, the standard "
         "deviation in brackets. A score with one seed varies about as much as that of `sample, fine-tuned`. Minutes on "
-        "one CPU thread. Scores on the sample data only show that a program works.",
+        "one CPU thread of a shared machine. Scores on the sample data only show that a program works.",
         "",
         "```sh",
         *(f".venv/bin/python {run.command} --seed 1    # {name}" for name, run in chosen.items()),
