@@ -100,7 +100,7 @@ class LTE(nn.Module):
 
 
 def certainty_target(task, logits, labels, decision_threshold):
-    """The target t of the LTE: how good the prediction is, from 0 to 1, without a gradient.
+    """The target t of the LTE: how good the prediction is, a number from 0 to 1, without a gradient.
 
     Shapes: logits [b,o], labels [b] -> [b].
     Source: BERTer 3.3.

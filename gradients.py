@@ -134,8 +134,8 @@ class PCGrad(Combiner):
     def coefficients(self, tasks, gram):
         """The changed gradients as combinations of the original ones: C, with g_i = sum_k C_ik g_k.
 
-        Shapes: gram: dot products of the original gradients, [t,t] for t tasks; returns [t,t], the identity if a number
-        of gram is infinite or NaN.
+        Shapes: gram: dot products of the original gradients, an array [t,t] for t tasks; returns an array [t,t], the
+        identity if a number of gram is infinite or NaN.
         """
         count = len(tasks)
         combination = np.eye(count)  # [t,t]; at the start each g_i is the original

@@ -271,7 +271,7 @@ warnings, flat = [], bool(np.std(values) <= CONSTANT)
 mean, sd = float(np.mean(values)), float(np.std(values))
 if flat:
     warnings = [f"{task.name} is constant"]
-    values = values * 0 + 1.0
+    values = values * 0 + mean
 from scipy.stats import rankdata
 metrics = {"pearson": PEARSON.function(values, labels)}
 metrics["spearman"] = 0.0 if flat else PEARSON.function(rankdata(values), rankdata(labels))

@@ -1,8 +1,12 @@
 """Checks of part adapters: the forward pass of each kind."""
 
+import copy
+
 import torch
 
 from adapters import LHUC, Bottleneck, Context, LoRA, ProjectedAttention, SharedProjections
+
+from .common import gradients_of
 
 
 def draw_states(draw):
@@ -31,7 +35,8 @@ def lhuc(draw):
     """Run LHUC."""
     h, output, d = draw_states(draw)
     module = show_parameters(draw, draw.randomise(LHUC(d)))
-    return {"forward": module(output, Context(h, None, None)), "forward without context": module(output)}
+    results = {"forward": module(output, Context(h, None, None)), "forward without context": module(output)}
+    return results | {"gradients": gradients_of(module, (output,), module)}
 
 
 def lora(draw):
@@ -41,12 +46,15 @@ def lora(draw):
     for rank in (1, 2 + draw.size):
         module = show_parameters(draw, draw.randomise(LoRA(d, rank, 0.1, draw.generator())))
         results[f"forward with rank {rank}"] = module(output, Context(h, None, None))
+        results[f"gradients with rank {rank}"] = gradients_of(
+            module, (h, output), lambda h, y, lora=module: lora(y, Context(h, None, None))
+        )
     return results
 
 
 def pal(draw):
     """Run a projected attention layer, and its attention, with padding."""
-    heads, k = draw.number(1, 1 + draw.size), draw.number(1, 3)
+    heads, k = 1 + draw.size, draw.number(2, 3)
     m, d = heads * k, heads * k + 1
     b, s = draw.number(1, 1 + draw.size), draw.number(2, 3 + draw.size)
     h, output, mask = draw.normal(b, s, d), draw.normal(b, s, d), draw.mask(b, s)
@@ -60,4 +68,11 @@ def pal(draw):
         "split_heads": lambda: module.split_heads(cells),
         "attend": lambda: module.attend(narrow, extended),
         "forward": lambda: module(output, Context(h, extended, shared)),
+        "dtype of attend for bfloat16": lambda: str(
+            copy.deepcopy(module).bfloat16().attend(narrow.bfloat16(), extended.float()).dtype
+        ),
+        "output afterwards": lambda: output,
+        "gradients": lambda: gradients_of(
+            torch.nn.ModuleList([module, shared]), (h, output), lambda h, y: module(y, Context(h, extended, shared))
+        ),
     }

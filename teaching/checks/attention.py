@@ -4,7 +4,7 @@ import torch
 
 from bert import BertSelfAttention, attend_plain
 
-from .common import Scale
+from .common import Scale, gradients_of
 
 
 def draw_heads(draw):
@@ -27,7 +27,12 @@ def heads(draw):
     x = torch.arange(b * s * config.hidden_size, dtype=torch.float64).view(b, s, -1)
     y = torch.arange(x.numel(), dtype=torch.float64).view(b, config.num_attention_heads, s, k)
     draw.show(x=x, y=y)
-    return {"split_heads(x)": lambda: module.split_heads(x), "merge_heads(y)": lambda: module.merge_heads(y)}
+    return {
+        "split_heads(x)": lambda: module.split_heads(x),
+        "merge_heads(y)": lambda: module.merge_heads(y),
+        "gradient of split_heads": lambda: gradients_of(None, (x,), module.split_heads),
+        "gradient of merge_heads": lambda: gradients_of(None, (y,), module.merge_heads),
+    }
 
 
 def scores(draw):
@@ -35,7 +40,13 @@ def scores(draw):
     query, key, value = draw_heads(draw)
     draw.show(query=query, key=key, value=value)
     mask = torch.zeros(len(query), 1, 1, query.shape[2], dtype=torch.float64)
-    return {"attend_plain": attend_plain(query, key, value, mask, torch.nn.Identity())}
+    return {
+        "attend_plain": attend_plain(query, key, value, mask, torch.nn.Identity()),
+        "attend_plain of large scores": attend_plain(100 * query, 100 * key, value, mask, torch.nn.Identity()),
+        "gradients": gradients_of(
+            None, (query, key, value), lambda q, k, v: attend_plain(q, k, v, mask, torch.nn.Identity())
+        ),
+    }
 
 
 def padding(draw):
@@ -45,7 +56,10 @@ def padding(draw):
     if draw.size == 2:
         mask[-1] = 0
     draw.show(query=query, key=key, value=value, mask=mask)
-    return {"attend_plain": attend_plain(query, key, value, extended(mask), torch.nn.Identity())}
+    result = attend_plain(query, key, value, extended(mask), torch.nn.Identity())
+    # a row of padding alone means nothing: its numbers must be finite, so that they do not spread
+    finite, result = str(bool(result.isfinite().all())), result[mask.any(1)]
+    return {"attend_plain": result, "finite": finite}
 
 
 def dropout(draw):

@@ -1,6 +1,5 @@
 """Checks of part classifier: the model's forward pass, the loss, and the training step."""
 
-from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 from unittest import mock
@@ -57,7 +56,16 @@ def exits(draw):
     before_layers = get()
     put(state)
     dropped = model(batch)
+    torch.manual_seed(1)
+    dropped_features = model(replace(batch, segments=(), features=features))
+    backwards = model.eval()(batch, exits=(depth, 1))
     return {
+        **by_exit("logits with dropout, exit", dropped.logits),
+        **by_exit("logits of features with dropout, exit", dropped_features.logits),
+        **by_exit("state for features, exit", cached.states),
+        **by_exit("logits for exits (L, 1), exit", backwards.logits),
+        "given embeds are returned": torch.stack([x.sum() for x in changed.embeds]),
+        "embeds keep their graph": str(all(x.requires_grad for x in first.embeds)),
         "embeds": first.embeds[0],
         **by_exit("state", both.states),
         **by_exit("logits", both.logits),
@@ -96,12 +104,16 @@ class Rows:
 class Scaler:
     """A stand-in for the loss scaler of fp16: twice the loss, and half the gradients before the step."""
 
+    def __init__(self):
+        self.calls = []
+
     def scale(self, loss):
         """Return twice the loss."""
         return 2 * loss
 
     def unscale_(self, optimizer):
         """Halve the gradients."""
+        self.calls.append("unscale_")
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
@@ -109,10 +121,12 @@ class Scaler:
 
     def step(self, optimizer):
         """Take the optimiser's step."""
+        self.calls.append("step")
         optimizer.step()
 
     def update(self):
-        """Do nothing."""
+        """Note the call."""
+        self.calls.append("update")
 
 
 class LateSum(Sum):
@@ -135,6 +149,7 @@ class LateSum(Sum):
         """Put the held gradients into the parameters."""
         for parameter, gradient in zip(self.parameters, self.held, strict=True):
             parameter.grad = gradient
+        self.held = [None] * len(self.parameters)
         super().combine()
 
 
@@ -146,21 +161,27 @@ def draw_parts(draw, clip):
         model=model,
         data={name: {"train": data} for name, data in rows.items()},
         gradients=LateSum(list(model.parameters())),
-        precision=SimpleNamespace(device=torch.device("cpu"), autocast=nullcontext, scaler=Scaler()),
+        precision=SimpleNamespace(device=torch.device("cpu"), autocast=autocast, scaler=Scaler()),
         settings=SimpleNamespace(task_weights={"sst": 1.0, "para": 0.5, "sts": 2.0}, clip=clip),
     )
-    optimizer = SGD(model.parameters(), lr=0.7)  # the rate of an earlier step
-    for group in optimizer.param_groups:
-        group["initial_lr"] = 0.1
+    parts.gradients.cosines = {"sst-para": torch.tensor(0.25)}
+    everything = list(model.parameters())
+    groups = [{"params": everything[k::2], "initial_lr": rate} for k, rate in enumerate((0.1, 0.03))]
+    optimizer = SGD(groups, lr=0.7)  # the rate of an earlier step
     return parts, optimizer
 
 
+def autocast():
+    """Return a context that leaves float64 as it is, but can be asked for."""
+    return torch.autocast("cpu", dtype=torch.bfloat16)
+
+
 def half_term(model, batch, outputs, exit_weights):
-    """Return a second loss term."""
-    return 0.5 * outputs.logits[max(exit_weights)].square().sum(-1)
+    """Return a second loss term, another one under autocast."""
+    return (9.0 if torch.is_autocast_enabled("cpu") else 0.5) * outputs.logits[max(exit_weights)].square().sum(-1)
 
 
-def take_step(draw, batches, clip=0.0, multiplier=1.0, name="sst"):
+def take_step(draw, batches, clip=0.0, multiplier=1.0, name="sst", more=()):
     """Take a step on these batches of a task, lists of rows. Returns the change of some parameters, and the step's."""
     parts, optimizer = draw_parts(draw, clip)
     chosen = [
@@ -170,12 +191,16 @@ def take_step(draw, batches, clip=0.0, multiplier=1.0, name="sst"):
     ]
     before = [parameter.detach().clone() for parameter in chosen]
     step = [(name, [torch.tensor(rows) for rows in batches], {1: 0.5, 2: 1.0})]
+    step += [(other, [torch.tensor(rows) for rows in groups], weights) for other, groups, weights in more]
+    passes = []
+    parts.model.register_forward_pre_hook(lambda *_: passes.append(torch.is_autocast_enabled("cpu")))
     rows_before = [len(rows) for rows in batches]
     terms = {"loss": TaskLoss(), "half": half_term}
     # as if this process had half of the weight in the sums
-    with mock.patch.object(parallel, "share", lambda count: (slice(0, count), 0.5)):
-        results, _ = train_step(parts, optimizer, terms, step, multiplier)
+    with mock.patch.object(parallel, "share", lambda count: (slice(0, count, 2), 0.5)):
+        results, parts.returned = train_step(parts, optimizer, terms, step, multiplier)
     changes = torch.cat([(new.detach() - old).flatten() for new, old in zip(chosen, before, strict=True)])
+    parts.passes = str(all(passes))
     draw.show(task=name, rows_of_each_batch=str(rows_before), clip=clip, multiplier=multiplier)
     return changes, parts, results
 
@@ -187,6 +212,8 @@ def normalisation(draw):
     for batches in ([[0, 1]], [[0, 1], [2, 3], [4]])[: 1 + draw.size]:
         name = names[draw.size]
         results[f"change of the parameters with {len(batches)} batches"], *_ = take_step(draw, batches, name=name)
+    more = [("para", [[3, 4, 5]], {2: 0.7})]
+    results["change of the parameters with two tasks"], *_ = take_step(draw, [[0, 1, 2], [3, 4]], name="sts", more=more)
     return results
 
 
@@ -199,9 +226,12 @@ def step(draw):
     sums = [value for _, _, values in results for value in values.values()]
     return {
         "change with clipping": changes,
+        "calls of the scaler": " ".join(parts.precision.scaler.calls),
+        "the model's pass runs under autocast": parts.passes,
+        "cosines": float(parts.returned["sst-para"]),
         "change without clipping": plain,
         "tasks and terms": " ".join(f"{task}:{'+'.join(values)}:{len(rows)}" for task, rows, values in results),
         "sums of the terms": [float(value) for value in sums],
-        "sums that hold their graph": sum(value.requires_grad for value in sums),
+        "sums that hold their graph": sum(getattr(value, "requires_grad", False) for value in sums),
         "parameters with a gradient after the step": sum(p.grad is not None for p in parts.model.parameters()),
     }

@@ -110,6 +110,15 @@ class Draw:
         return Batch(task, tuple(segments), labels.double(), tuple(f"id{i}" for i in range(b)))
 
 
+def gradients_of(module, inputs, function):
+    """Return the gradients of the sum of the squares of function(*inputs), to the inputs and a module's parameters."""
+    inputs = [x.clone().requires_grad_() for x in inputs]
+    wanted = [*inputs, *([] if module is None else module.parameters())]
+    value = function(*(x + 0 for x in inputs)).square().sum()
+    found = torch.autograd.grad(value, wanted, allow_unused=True)
+    return torch.cat([(torch.zeros_like(x) if g is None else g).flatten() for x, g in zip(wanted, found, strict=True)])
+
+
 class Scale(torch.nn.Module):
     """A stand-in for dropout that can be foreseen: numbers times a fixed pattern of factors."""
 

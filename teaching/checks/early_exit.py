@@ -1,5 +1,7 @@
 """Checks of part early_exit: the target and loss of learning to exit, and the rule for leaving."""
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 
@@ -10,7 +12,9 @@ from tasks import build_tasks
 def target(draw):
     """Compute targets for a classification, a pair task and a regression."""
     results = {}
-    for name, task in build_tasks().items():
+    tasks = build_tasks()
+    tasks["other"] = replace(tasks["sts"], name="other", labels=(1.0, 4.0))
+    for name, task in tasks.items():
         b = 3 + 3 * draw.size
         logits = draw.normal(b, 5 if name == "sst" else 1).requires_grad_()
         low, high = task.label_range
@@ -33,14 +37,21 @@ def draw_model(draw):
 def loss(draw):
     """Compute the loss of some exits, and its gradient to the states, the logits and the learning to exit."""
     model, results = draw_model(draw), {}
+    model.set_decision_threshold("para", draw.uniform(0.2, 0.8))
+    weights = [{1: 1.0, model.depth: 0.5}, {model.depth: 0.7}, {1: 0.4, model.depth: 0.9}][draw.size]
     for task in model.tasks.values():
-        batch, weights = draw.batch(task), {1: 1.0, model.depth: 0.5}
-        outputs = model(batch, exits=tuple(weights))
+        batch = draw.batch(task, b=3 + 3 * draw.size)
+        outputs = model(batch, exits=tuple(range(1, model.depth + 1)))
         value = LTELoss()(model, batch, outputs, weights)
-        inputs = [outputs.states[1], model.lte[task.name].linear.weight, model.heads[task.name].weight]
+        inputs = [
+            outputs.states[1],
+            outputs.states[model.depth],
+            model.lte[task.name].linear.weight,
+            model.heads[task.name].weight,
+        ]
         gradients = torch.autograd.grad(value.sum(), inputs, allow_unused=True)
         results[f"loss of {task.name}"] = value
-        for where, gradient in zip(("state 1", "c", "the head"), gradients, strict=True):
+        for where, gradient in zip(("state 1", "state L", "c", "the head"), gradients, strict=True):
             key = f"gradient of {where}, {task.name}"
             results[key] = "none" if gradient is None or not gradient.any() else gradient
     return results
@@ -54,7 +65,8 @@ def first(draw):
     rows = draw.uniform(0, 1, n).round(decimals=1).numpy()
     draw.show(certainty=torch.from_numpy(certainty), threshold=threshold, thresholds=rows)
     return {
-        "first_exit(certainty, threshold)": np.asarray(first_exit(certainty.copy(), threshold)),
+        "first_exit(certainty, threshold)": np.asarray(first_exit(certainty, threshold)),
+        "certainty afterwards": certainty,
         "first_exit(certainty, thresholds)": np.asarray(first_exit(certainty.copy(), rows)),
         "first_exit(certainty, 1.01)": np.asarray(first_exit(certainty.copy(), 1.01)),
         "first_exit(certainty, 0)": np.asarray(first_exit(certainty.copy(), 0.0)),
@@ -63,8 +75,9 @@ def first(draw):
 
 def inference(draw):
     """Run one exit at a threshold that a row just reaches, the last exit, and whole batches."""
-    model, results = draw_model(draw).requires_grad_(False), {}
-    policies = {"sst": "confidence", "para": "lte", "sts": "lte"}
+    pooling, tasks = ("cls", "cls", "mean")[draw.size], build_tasks(pairs={"sts": "siamese"} if draw.size else {})
+    model, results = draw.model(tasks, layers=2 + draw.size, with_exits=True, pooling=pooling).requires_grad_(False), {}
+    policies = {"sst": ("confidence", "lte")[draw.size % 2], "para": ("lte", "confidence")[draw.size % 2], "sts": "lte"}
     for task in model.tasks.values():
         batch = draw.batch(task, b=3 + 2 * draw.size)
         masks, every = model.masks(batch), ExitInference(policies, dict.fromkeys(model.tasks, 1.01))
@@ -73,7 +86,7 @@ def inference(draw):
         certainty = every.certainty(model, state, model.head(1, state, task), task)
         threshold = float(certainty.sort().values[len(certainty) // 2])
         draw.show(**{f"certainty for {task.name}": certainty, f"threshold for {task.name}": threshold})
-        some = ExitInference(policies, dict.fromkeys(model.tasks, threshold))
+        some = ExitInference(policies, dict.fromkeys(model.tasks, 0.0) | {task.name: threshold})
         logits, leaves = some.run_exit(model, 1, states[1], masks, task)
         last, all_leave = some.run_exit(model, model.depth, states[model.depth], masks, task)
         # in smaller batches a certainty may differ by a rounding error: a threshold in the middle between two

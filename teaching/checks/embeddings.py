@@ -5,7 +5,7 @@ import torch
 from bert import BertModel
 from early_exit import Exit
 
-from .common import Scale, call
+from .common import Scale, call, gradients_of
 
 
 def draw_model(draw):
@@ -16,7 +16,9 @@ def draw_model(draw):
 def draw_ids(draw):
     """Return token ids and segment ids, [b,s] each."""
     b, s = draw.number(1, 1 + draw.size), draw.number(2, 4 + draw.size)
-    return draw.numbers(1, 19, b, s), draw.numbers(0, 1, b, s)
+    ids = draw.numbers(1, 19, b, s)
+    ids[0, -1] = 0  # padding
+    return ids, draw.numbers(0, 1, b, s)
 
 
 def lookup(draw):
@@ -25,7 +27,9 @@ def lookup(draw):
     draw.show(input_ids=ids, token_type_ids=types)
     plain = model.embed(ids, types)
     model.embed_dropout = Scale()
-    return {"embed": plain, "embed with dropout": model.embed(ids, types)}
+    dropped = model.embed(ids, types)
+    gradients = gradients_of(model, (), lambda: model.embed(ids.clamp(min=1), types))
+    return {"embed": plain, "embed with dropout": dropped, "gradients": gradients}
 
 
 def limits(draw):
@@ -50,7 +54,7 @@ def mask(draw):
     draw.show(mask=mask)
     result = model.extend_mask(mask, torch.float64)
     half = model.extend_mask(mask, torch.float16)
-    return {"extend_mask": result, "dtypes": f"{result.dtype} {half.dtype}"}
+    return {"extend_mask": result, "extend_mask in float16": half.double(), "dtypes": f"{result.dtype} {half.dtype}"}
 
 
 def pooler(draw):
@@ -59,4 +63,9 @@ def pooler(draw):
     h = draw.normal(draw.number(1, 1 + draw.size), draw.number(2, 3 + draw.size), model.config.hidden_size)
     draw.show(h=h, W=model.pooler_dense.weight, b=model.pooler_dense.bias)
     early = draw.randomise(Exit(model, torch.nn.ModuleDict, True))
-    return {"BertModel.pool": lambda: model.pool(h), "Exit.pool": lambda: early.pool(h)}
+    return {
+        "BertModel.pool": lambda: model.pool(h),
+        "Exit.pool": lambda: early.pool(h),
+        "gradients of BertModel.pool": lambda: gradients_of(model.pooler_dense, (h,), model.pool),
+        "gradients of Exit.pool": lambda: gradients_of(early.pooler_dense, (h,), early.pool),
+    }

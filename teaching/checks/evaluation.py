@@ -41,8 +41,10 @@ ERROR = Metric("mean_error", lambda values, labels: float(np.abs(values - labels
 
 def metrics(values, labels, task=TASKS["sts"]):
     """Return the metrics and the number of warnings of a regression."""
-    numbers, warnings = score_regression(task, values.copy(), labels)
-    return {**{name: float(value) for name, value in numbers.items()}, "warnings": len(warnings)}
+    before = values.copy()
+    numbers, warnings = score_regression(task, values, labels)
+    results = {**{name: float(value) for name, value in numbers.items()}, "warnings": len(warnings)}
+    return results | {"values are as before": str(np.array_equal(values, before))}
 
 
 def regression(draw):
@@ -60,9 +62,14 @@ def constant(draw):
     labels = np.array([draw.uniform(0, 5) for _ in range(n)]).round(1)
     start, results = draw.uniform(1, 4), {}
     draw.show(labels=labels, values=f"{start:.4f} + error * (label - mean label)")
-    for error in (0.0, 1e-8, 1e-7, 1e-4):
+    unit = 1e-6 / labels.std()  # sd(values) = CONSTANT
+    for error in (0.0, 0.01 * unit, 0.7 * unit, 1.4 * unit, 1e-4):
         values = start + error * (labels - labels.mean())
         # the mean and the standard deviation may be those before or after the rounding error is removed
-        chosen = {name: value for name, value in metrics(values, labels).items() if "prediction" not in name}
+        chosen = {
+            name: value
+            for name, value in metrics(values, labels, replace(TASKS["sts"], metric=ERROR)).items()
+            if name != "sd_prediction"
+        }
         results |= {f"{name} with error {error:g}": value for name, value in chosen.items()}
     return results

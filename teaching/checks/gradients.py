@@ -63,9 +63,34 @@ def three_tasks(draw):
     for i, task in enumerate(tasks):
         # what depends on the order of the visits: the different rows, sorted
         results[f"rows of {task} over all orders"] = np.unique(rows[:, i].round(8), axis=0)
-    broken = gram.copy()
-    broken[0, 0] = np.inf
-    results["coefficients of infinite gradients"] = rule.coefficients(tasks, broken)
+    for name, number, place in (("infinite", np.inf, (0, 0)), ("NaN", np.nan, (0, 1)), ("large", -np.inf, (0, 1))):
+        broken = gram.copy()
+        broken[place] = broken[place[::-1]] = number
+        results[f"coefficients of {name} gradients"] = rule.coefficients(tasks, broken)
+    # the order comes from the rule's own generator: the same in every process and in a resumed run
+    seed, drawn = draw.number(0, 2**31), []
+    for other in (1, 2):
+        torch.manual_seed(other)
+        np.random.seed(other)
+        again = PCGrad([], torch.Generator().manual_seed(seed))
+        drawn.append(np.array([again.coefficients(tasks, gram) for _ in range(20)]))
+    results["the same order for the same generator"] = str(np.array_equal(*drawn))
+    # GradVac reads |g_i| as changed so far, and a target for each ordered pair; a gradient of 0 moves no target
+    vaccine = GradVac([], draw.generator())
+    start = {f"{a}-{b}": draw.uniform(-0.2, 0.6) for a in tasks for b in tasks if a != b}
+    zero = gram.copy()
+    zero[-1] = zero[:, -1] = 0
+    for name, products in (("", gram), (" and a gradient of 0", zero)):
+        rows, targets = [], []
+        for _ in range(200):
+            vaccine.targets = dict(start)
+            rows.append(vaccine.coefficients(tasks, products))
+            targets.append([float(vaccine.targets[pair]) for pair in start])
+        for i, task in enumerate(tasks):
+            found = np.unique(np.array(rows)[:, i].round(8), axis=0)
+            results[f"GradVac's rows of {task} over all orders{name}"] = found
+        for pair, column in zip(start, np.array(targets).T, strict=True):
+            results[f"targets of {pair} over all orders{name}"] = np.unique(column.round(8))
     gram[:] = original
     return results
 

@@ -4,7 +4,7 @@ import torch
 
 from bert import BertLayer
 
-from .common import Scale
+from .common import Scale, gradients_of
 
 
 def draw_layer(draw):
@@ -27,7 +27,8 @@ def extended(draw, h):
 def residuals(draw):
     """Compute a layer without padding."""
     layer, h = draw_layer(draw)
-    return {"forward": layer(h, torch.zeros(len(h), 1, 1, h.shape[1], dtype=h.dtype))}
+    mask = torch.zeros(len(h), 1, 1, h.shape[1], dtype=h.dtype)
+    return {"forward": layer(h, mask), "gradients": gradients_of(layer, (h,), lambda h: layer(h, mask))}
 
 
 def masked(draw):
@@ -41,11 +42,13 @@ def dropout(draw):
     layer, h = draw_layer(draw)
     mask = extended(draw, h)
     results = {}
-    for name in ("attention_dropout", "out_dropout"):
-        before = getattr(layer, name)
-        setattr(layer, name, Scale())
+    for name in ("attention_dropout", "out_dropout", "self_attention.dropout"):
+        owner, _, last = name.rpartition(".")
+        owner = layer.get_submodule(owner)
+        before = getattr(owner, last)
+        setattr(owner, last, Scale())
         results[f"forward with {name}"] = layer(h, mask)
-        setattr(layer, name, before)
+        setattr(owner, last, before)
     return results
 
 

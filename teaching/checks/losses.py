@@ -10,10 +10,12 @@ def packing(draw):
     """Pack single texts and pairs, with and without a limit."""
     results = []
     for _ in range(2 + 5 * draw.size):
-        first, second = ([draw.number(10, 99) for _ in range(draw.number(1, 3 + 2 * draw.size))] for _ in range(2))
+        first, second = ([draw.number(10, 99) for _ in range(draw.number(0, 3 + 2 * draw.size))] for _ in range(2))
         for other in (None, second):
             for limit in (None, 5 + draw.size):
-                results.append((first, other, limit, pack(list(first), other and list(other), 1, 2, limit)))
+                results.append(
+                    (first, other, limit, pack(list(first), None if other is None else list(other), 1, 2, limit))
+                )
     draw.show(first=str(results[0][0]), second=str(results[2][1]), limit=5 + draw.size, cls_id=1, sep_id=2)
     return {"ids, segment ids": "\n".join(f"{list(ids)} {list(types)}" for *_, (ids, types) in results)}
 
@@ -45,7 +47,12 @@ def losses(draw):
         "squared_error(one_logit, values)": (tasks.squared_error, one, values),
         "cosine_embedding(cosines, sides)": (tasks.cosine_embedding, cosines, sides),
     }
-    half = {"dtype for bfloat16 logits": lambda: str(tasks.cross_entropy(logits.bfloat16(), labels.float()).dtype)}
+    half = {
+        f"dtype of {function.__name__} for bfloat16 logits": lambda f=function, x=x, y=y: str(
+            f(x.bfloat16(), y.float()).dtype
+        )
+        for function, x, y in cases.values()
+    }
     return with_gradients(cases) | half
 
 
@@ -58,8 +65,22 @@ def divergences(draw):
         "softmax_divergence": (tasks.softmax_divergence, p, q),
         "bernoulli_divergence": (tasks.bernoulli_divergence, one, other),
         "softmax_divergence of large logits": (tasks.softmax_divergence, 100 * p, 100 * q),
+        "bernoulli_divergence of large logits": (tasks.bernoulli_divergence, 100 * one, 100 * other),
     }
-    return with_gradients(cases)
+    # the penalty of SMART sends a gradient through both outputs
+    both = {
+        f"gradient of {function.__name__} to the second output": lambda f=function, x=x, y=y: gradient(
+            lambda z, first: f(first, z), y, x
+        )
+        for function, x, y in cases.values()
+    }
+    half = {
+        f"dtype of {function.__name__} for bfloat16 logits": lambda f=function, x=x, y=y: str(
+            f(x.bfloat16(), y.bfloat16()).dtype
+        )
+        for function, x, y in cases.values()
+    }
+    return with_gradients(cases) | both | half
 
 
 def decoding(draw):
@@ -71,6 +92,8 @@ def decoding(draw):
     return {
         "predictions of decode_softmax": lambda: tasks.decode_softmax(logits)[0],
         "probabilities of decode_softmax": lambda: tasks.decode_softmax(logits)[1],
+        "is bool": lambda: str(tasks.decide(scores, threshold)[0].dtype == torch.bool),
+        "dtype of probabilities for bfloat16": lambda: str(tasks.decode_softmax(logits.bfloat16())[1].dtype),
         "predictions of decide": lambda: tasks.decide(scores, threshold)[0],
         "probabilities of decide": lambda: tasks.decide(scores, threshold)[1],
         "predictions of decide with threshold .3": lambda: tasks.decide(scores, 0.3)[0],

@@ -85,15 +85,23 @@ def schedules(draw):
 def clipping(draw):
     """Clip gradients that are too large, small enough, zero and absent; refuse a maximum of 0."""
     results = {}
-    for name, scale in (("large", 3.0), ("small", 0.01), ("zero", 0.0)):
+    for name, norm, most in (
+        ("large", 5.0, draw.uniform(1.5, 4)),
+        ("small", 2.0, draw.uniform(2.5, 4)),
+        ("zero", 0.0, 1.0),
+    ):
         parameters = [torch.nn.Parameter(draw.normal(2)) for _ in range(2 + draw.size)]
         for parameter in parameters[1:]:
-            parameter.grad = scale * draw.normal(2)
+            parameter.grad = draw.normal(2) + 0.1
+        size = torch.cat([parameter.grad for parameter in parameters[1:]]).norm()
+        for parameter in parameters[1:]:
+            parameter.grad *= norm / size
         gradients = torch.cat([parameter.grad for parameter in parameters[1:]])
-        draw.show(**{f"gradients for {name}": gradients, f"max_norm for {name}": 1.0})
-        results[f"norm of {name} gradients"] = clip_gradients(parameters, 1.0)
+        draw.show(**{f"gradients for {name}": gradients, f"max_norm for {name}": most})
+        results[f"norm of {name} gradients"] = clip_gradients(parameters, most)
         results[f"{name} gradients"] = torch.cat([parameter.grad for parameter in parameters[1:]])
-    refused = call(clip_gradients, [], 0.0)
-    results["max_norm 0"] = refused if isinstance(refused, str) else "no InputError"
+    for most in (0.0, -1.0):
+        refused = call(clip_gradients, [], most)
+        results[f"max_norm {most:g}"] = refused if isinstance(refused, str) else "no InputError"
     results["norm without gradients"] = clip_gradients([torch.nn.Parameter(draw.normal(2))], 1.0)
     return results

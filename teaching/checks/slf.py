@@ -40,7 +40,7 @@ def layers(draw):
     """Follow the first stage for several lengths."""
     model, results = draw_model(draw), {}
     for epochs in (0.25, 1.0, 2.5)[: 1 + draw.size]:
-        plan = sequential_layer_focus(model.depth, epochs, plain(0, ()))
+        plan = sequential_layer_focus(model.depth, epochs, plain(1, ({model.depth: 1.0},)))
         results[f"phases with {epochs} epochs a layer"] = follow(plan, [], model)
     return results
 

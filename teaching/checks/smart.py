@@ -1,5 +1,7 @@
 """Checks of part smart: the ascent, two penalties, the teacher's average."""
 
+from dataclasses import replace
+
 import torch
 
 from smart import AdversarialSmart, Bregman, GaussianSmart
@@ -31,7 +33,8 @@ def ascent(draw):
     model, batch, outputs, weights = draw_case(draw)
     term = AdversarialSmart(TASKS, draw.generator(), radius=draw.choice((0.03, 0.1)))
     start, end = term.perturb(model, batch, outputs, weights)
-    starts = {f"start of pass {k}": delta for k, delta in enumerate(start, 1)}
+    touched = sum(parameter.grad is not None for parameter in model.parameters())
+    starts = {"parameters with a gradient": touched} | {f"start of pass {k}": delta for k, delta in enumerate(start, 1)}
     return starts | {f"end of pass {k}": delta for k, delta in enumerate(end, 1)}
 
 
@@ -44,6 +47,13 @@ def penalised(term, model, batch, outputs, weights):
     return {"penalty": value, "gradient of the pooler": gradients[0], "gradient of the embeddings": gradients[1]}
 
 
+def mixed(term, model, batch, outputs, weights):
+    """Return the penalty where the loop's logits were rounded, as under autocast."""
+    term.mixed_precision = True
+    rounded = replace(outputs, logits={i: x.bfloat16() for i, x in outputs.logits.items()})
+    return {"penalty with rounded logits": term.penalty(model, batch, rounded, weights)}
+
+
 def penalty(draw):
     """Compute the adversarial penalty."""
     model, batch, outputs, weights = draw_case(draw)
@@ -51,14 +61,15 @@ def penalty(draw):
     results = penalised(term, model, batch, outputs, weights)
     vanishing = AdversarialSmart(TASKS, draw.generator(), radius=1e-30)
     refused = call(vanishing.penalty, model, batch, outputs, weights) == "InputError"
+    results |= mixed(term, model, batch, outputs, weights)
     return results | {"a perturbation that changes nothing is refused (self.check)": refused}
 
 
 def gaussian(draw):
     """Compute the Gaussian penalty."""
     model, batch, outputs, weights = draw_case(draw)
-    term = GaussianSmart(TASKS, draw.generator(), weight=draw.choice((0.5, 3.0)), sigma=1.0)
-    return penalised(term, model, batch, outputs, weights)
+    term = GaussianSmart(TASKS, draw.generator(), weight=draw.choice((0.5, 3.0)), sigma=draw.choice((0.3, 0.6)))
+    return penalised(term, model, batch, outputs, weights) | mixed(term, model, batch, outputs, weights)
 
 
 def teacher(draw):
@@ -66,14 +77,17 @@ def teacher(draw):
     model = draw.model(layers=1)
     term = Bregman(model, 1.0, TASKS)
     parameter, results = model.bert.pooler_dense.bias, {}
-    other = model.bert.pos_embedding.weight
+    other = model.bert.pos_embedding.weight.requires_grad_(False)  # frozen in this phase
+    head = model.heads["sst"].bias
     for progress in (0.0, 0.09, 0.1, 0.5, 1.0)[: 2 + 2 * draw.size]:
         with torch.no_grad():
             parameter += 100 * draw.normal(*parameter.shape)
             other += 100
+            head += 100
         term.after_step(model, progress)
         results[f"teacher's pooler bias at progress {progress}"] = term.teacher["bert.pooler_dense.bias"].clone()
         results[f"teacher's positions at progress {progress}"] = term.teacher["bert.pos_embedding.weight"][0].clone()
+        results[f"teacher's head at progress {progress}"] = term.teacher["heads.sst.bias"].clone()
         results[f"model's pooler bias at progress {progress}"] = parameter.detach().clone()
     draw.show(steps="the model moves by about 100 before each step")
     return results

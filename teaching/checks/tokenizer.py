@@ -23,8 +23,9 @@ def longest_match(draw):
     letters = draw.choice(("abc", "xyz", "uvw"))
     vocab = draw_vocabulary(draw, letters)
     if draw.size == 0:
-        vocab = {piece: i for i, piece in enumerate(["[UNK]", "un", "unaff", "##able", "##aff", "##ab", "able", "aff"])}
-        words = ["unaffable"]
+        pieces = ["[UNK]", "un", "unaff", "##able", "##aff", "##ab", "able", "aff", "##a", "incomprehensibilities"]
+        vocab = {piece: i for i, piece in enumerate(pieces)}
+        words = ["unaffable", "incomprehensibilities", "incomprehensibilitiesa"]
     else:
         words = [draw_word(draw, letters, draw.number(3, 4 + 4 * draw.size)) for _ in range(4 * draw.size)]
         words += [piece for piece in vocab if piece.isalpha()]
@@ -36,10 +37,16 @@ def unknown_words(draw):
     """Split words that end or begin with a letter without a piece, and words at the limit of length."""
     letters = "abc"
     vocab = draw_vocabulary(draw, letters)
+    vocab |= {"ab": 98, "##bc": 99}
+    vocab.pop("abc", None)  # so that "abc" is [UNK]: the search never goes back to a + ##bc
     vocab.pop("##c")  # a "c" fits only at the start of a word or in a longer piece
-    words = ["abd", "dab", "adb"] if draw.size == 0 else [draw_word(draw, "abcd", 5 * draw.size) for _ in range(8)]
+    words = (
+        ["abd", "dab", "adb", "abc"] if draw.size == 0 else [draw_word(draw, "abcd", 5 * draw.size) for _ in range(8)]
+    )
     if draw.size == 2:
         words += ["a" * (MAX_WORD_CHARACTERS - 1), "a" * MAX_WORD_CHARACTERS, "a" * (MAX_WORD_CHARACTERS + 1)]
+    vocab |= {"ä": 100, "##ä": 101, "A": 102, "##B": 103}
+    words += ["ä" * (MAX_WORD_CHARACTERS - 10), "AB", "Ab"]
     draw.show(words=" ".join(words), vocabulary=" ".join(vocab))
     return {"split_word_pieces": "\n".join(" ".join(split_word_pieces(word, vocab)) for word in words)}
 
