@@ -58,7 +58,7 @@ RUNS = {
     "sample, SMART on Quora": Run("--epochs 3 --smart para", ("smart",), seeds=1),
     "sample, Bregman": Run("--epochs 3 --bregman", ("smart",), seeds=1),
     "sample, PCGrad": Run("--epochs 3 --gradients pcgrad", ("gradients",), seeds=1),
-    "sample, LoRA": Run("--epochs 3 --adapter lora", ("adapters",), seeds=1),
+    "sample, LoRA": Run("--epochs 3 --adapter lora --lr 2e-3", ("adapters",), seeds=1),
     "SST alone, frozen": Run("--tasks sst --option pretrain --epochs 10", BERT_PARTS, data_dir=None),
     "SST alone, fine-tuned": Run("--tasks sst --epochs 3", ("classifier",), seeds=3, data_dir=None),
     "CFIMDB alone, frozen": Run(
