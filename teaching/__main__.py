@@ -35,7 +35,7 @@ def make_parser():
     expected = commands.add_parser("expected", help="train the runs of the expected scores that have no result yet")
     expected.add_argument("--only", nargs="+", choices=RUNS, metavar="RUN", default=[], help="names of runs; --list")
     expected.add_argument("--seeds", type=int, help="at most this many seeds of each run")
-    expected.add_argument("--data_dir", help="folder of the course's data; default as in multitask_classifier.py")
+    expected.add_argument("--data_dir", help="folder of the course's data; default: data/")
     expected.add_argument("--list", action="store_true", help="print the commands, train nothing")
     return parser
 

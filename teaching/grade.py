@@ -42,7 +42,7 @@ from .transplant import Refused, transplant
 EXPECTED = Path(__file__).parent / "expected.safetensors"
 PUBLIC_SEED = 0  # the seed of a starter copy
 SECONDS = 30  # limit of a part
-RELATIVE, ABSOLUTE = 1e-6, 1e-6  # tolerances: the checks compute in float64, a step of a student in float32 may pass
+RELATIVE, ABSOLUTE = 1e-6, 1e-6  # tolerances: the checks compute in float64; a body that rounds to float32 passes
 LARGEST_FRAME = 1 << 26  # bytes
 SHOWN = 24  # numbers of a tensor that the report prints
 

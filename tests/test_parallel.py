@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -410,8 +411,9 @@ def test_torchrun_with_a_killed_worker_and_a_resumed_run(program, jobs, forkserv
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     how = dict(capture_output=True, text=True, env=environment, timeout=180)
     process = subprocess.run(torchrun(program, "--dies", 1, 4), **how)
-    out, err = process.stdout, process.stderr
-    assert process.returncode != 0
+    out, err, saved = process.stdout, process.stderr, program.path("torchrun") / "last.pt"
+    # the last step that was saved ended right before the death
+    assert process.returncode != 0 and time.time() - saved.stat().st_mtime < 20
     assert "error: process 0 has lost another one" in err and "--resume" in err and "SIGKILL" in err
     assert out.count("run: ") == 1
     assert not (program.path("torchrun") / "summary.json").exists()

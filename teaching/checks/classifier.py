@@ -4,11 +4,12 @@ from dataclasses import replace
 from types import SimpleNamespace
 from unittest import mock
 
+import numpy as np
 import torch
 
 import parallel
 from base_bert import dropout_state
-from gradients import Sum
+from gradients import PCGrad
 from multitask_classifier import Outputs, TaskLoss, train_step
 from optimizer import SGD
 from tasks import build_tasks
@@ -129,28 +130,17 @@ class Scaler:
         self.calls.append("update")
 
 
-class LateSum(Sum):
-    """A stand-in for gradient surgery: the parameters have no gradient before `combine`."""
+class LateSum(PCGrad):
+    """A stand-in for gradient surgery: the parameters have no gradient before `combine`, and then the plain sum."""
 
-    def __init__(self, parameters):
-        super().__init__(parameters)
-        self.held = [None] * len(self.parameters)
-
-    def add(self, task, loss):
-        """Add the loss's gradients to those that are held."""
-        for parameter, gradient in zip(self.parameters, self.held, strict=True):
-            parameter.grad = gradient
-        super().add(task, loss)
-        self.held = [parameter.grad for parameter in self.parameters]
-        for parameter in self.parameters:
-            parameter.grad = None
+    def coefficients(self, tasks, gram):
+        """Change no gradient."""
+        return np.eye(len(tasks))
 
     def combine(self):
-        """Put the held gradients into the parameters."""
-        for parameter, gradient in zip(self.parameters, self.held, strict=True):
-            parameter.grad = gradient
-        self.held = [None] * len(self.parameters)
+        """Add the gradients, and report a cosine."""
         super().combine()
+        self.cosines = {"sst-para": torch.tensor(0.25)}
 
 
 def draw_parts(draw, clip):
@@ -160,11 +150,10 @@ def draw_parts(draw, clip):
     parts = SimpleNamespace(
         model=model,
         data={name: {"train": data} for name, data in rows.items()},
-        gradients=LateSum(list(model.parameters())),
+        gradients=LateSum(list(model.parameters()), None),
         precision=SimpleNamespace(device=torch.device("cpu"), autocast=autocast, scaler=Scaler()),
         settings=SimpleNamespace(task_weights={"sst": 1.0, "para": 0.5, "sts": 2.0}, clip=clip),
     )
-    parts.gradients.cosines = {"sst-para": torch.tensor(0.25)}
     everything = list(model.parameters())
     groups = [{"params": everything[k::2], "initial_lr": rate} for k, rate in enumerate((0.1, 0.03))]
     optimizer = SGD(groups, lr=0.7)  # the rate of an earlier step
