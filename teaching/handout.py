@@ -1,6 +1,6 @@
 """The handout: a cover page and a page for each part, in Markdown.
 
-    python -m teaching handout OUT
+    python -m teaching handout OUT [--parts PART ...]
 
 A page has typed text from pages/PART.md. The rest is made when the handout is written: names and docstrings of the
 functions, points and minutes (parts.py), expected scores (scores.py). A typed page marks the places:

@@ -146,6 +146,20 @@ def test_a_typed_verdict_that_the_numbers_contradict_is_refused(monkeypatch, tmp
                 findings.render(source_of(rows))
 
 
+@pytest.mark.parametrize(
+    ("refuted", "verdict"),
+    [
+        ("gain.high < 0 or missing.high < 0", "refuted"),
+        ("gain.high < 0 and missing.high < 0", "not run"),
+        ("gain.high < max(0, missing.high)", "not run"),
+    ],
+)
+def test_a_condition_that_holds_without_a_missing_number_decides(refuted, verdict):
+    claim = {"claim": "A beats B.", "confirmed": "gain.low > 0", "refuted": refuted}
+    numbers = {"gain": Number(-0.1, "core", 0.01), "missing": None}
+    assert findings.verdict_of(claim, numbers) == verdict
+
+
 def test_conditions_that_both_hold_are_refused(monkeypatch, tmp_path):
     claims_file(monkeypatch, tmp_path, CLAIM.replace("gain.high < 0", "gain.high > 0"))
     with pytest.raises(InputError, match="both conditions hold"):
