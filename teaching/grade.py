@@ -278,13 +278,16 @@ def explain_error(part, text, hint):
 
 def inputs_of(name, expected):
     """Return the inputs of a result, one text each. An input "p for X" belongs to results with X in their name."""
-    keys = [key for key in expected if key.startswith(GIVEN) and key.partition(" for ")[2] in name]
+    keys = [key for key in sorted(expected) if key.startswith(GIVEN) and key.partition(" for ")[2] in name]
     return [f"{key}: {show(expected[key])}" for key in keys]
 
 
 def explain_difference(frame, expected):
-    """Return the first result that differs, with the inputs of this case; an empty text if none does."""
-    for name in (name for name in expected if not name.startswith(GIVEN)):
+    """Return the first result that differs, by name, with the inputs of this case; an empty text if none does.
+
+    The names are sorted, because a safetensors file keeps no order: the same mistake gives the same report every time.
+    """
+    for name in sorted(name for name in expected if not name.startswith(GIVEN)):
         if name not in frame and ERROR not in frame:
             return f"{name} is missing"
         if name in frame and not equal(frame[name], expected[name]):

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 import safetensors.torch
+import torch
 from teaching_bugs import BUGS
 from teaching_solution import BODIES, HELPERS, METHODS
 from tiny import refusal
@@ -225,6 +226,14 @@ def test_a_failed_check_prints_the_smallest_case(submission):
     }
     assert numbers["computed"] != numbers["expected"]
     assert "given query: " in output and "shape [1, 1, " in output
+
+
+@pytest.mark.parametrize("names", ["ab", "ba"])
+def test_a_report_does_not_depend_on_the_order_of_the_results(names):
+    computed, expected = ({name: torch.tensor([number]) for name in names} for number in (1.0, 2.0))
+    expected |= {f"given {name}": torch.tensor([3.0]) for name in names}
+    lines = grading.explain_difference(computed, expected).splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["given a", "given b", "computed a", "expected a"]
 
 
 @pytest.fixture(scope="session")
