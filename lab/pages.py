@@ -27,6 +27,7 @@ WORDS = {
     "lower": "Norm clearly lower than the baseline's",
     "not clearly different": "Norm not clearly different from the baseline's",
 }
+WHY_MISSING = "The machine's time ran out: without instructions for bf16 such a run takes a core up to two hours."
 
 
 def baseline_sentences(group, source):
@@ -44,10 +45,11 @@ def answer(group, source):
     missing = [name for name in content.rows if name not in rows]
     if not texts:
         which = "no row of this table was run" if not rows else "the rows that are compared were not run"
-        return [f"Not answered: {which}."]
+        return [f"Not answered: {which}. {WHY_MISSING}"]
     if missing:
         texts.append(
-            f"{len(missing)} of {len(content.rows)} runs (further seeds count) are missing; nothing is said about them."
+            f"{len(missing)} of {len(content.rows)} runs (further seeds count) are missing; nothing is said about "
+            f"them. {WHY_MISSING}"
         )
     return [f"- {text}" for text in texts]
 

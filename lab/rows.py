@@ -315,8 +315,8 @@ SLF_ABLATION = Group(
     question="Is Sequential Layer Focus better than other ways to train layer by layer, at equal compute?",
     baseline="last exit alone",
     columns=(*SCORES, "best norm", "norm with exits", "layers", "compute", *COST),
-    note="All rows cost as many layer passes as half an epoch of plain training, a quarter of what `scale` 1 in "
-    "lab/rows.py gives. Stage 1 keeps no model, so `stage 1 only` has a stage 2 of one batch a task.",
+    note="All rows cost as many layer passes as half an epoch of plain training. Stage 1 keeps no model, so "
+    "`stage 1 only` has a stage 2 of one batch a task.",
 )
 ENCODINGS = {
     "concat": "--pairs concat",
