@@ -62,9 +62,9 @@ class Bottleneck(nn.Module):
     """Project each token down to m numbers, apply GELU, project up, add the result to the output.
 
     Source: layer-level adaptations 3.2; Houlsby et al. (2019), section 2.1.
-    Differs: W_D starts at 0 instead of near 0, so that the layer is exactly unchanged at the start. In the first step
-    W_E therefore has no gradient; after it Adam's updates do not depend on the size of W_D. The non-linearity, which
-    the paper leaves open, is BERT's.
+    Differs: W_D starts at 0 instead of near 0, so that the layer is exactly unchanged at the start. So W_E has no
+    gradient in the first step and a small one later, but the size of Adam's updates does not depend on the gradient's.
+    The non-linearity, which the paper leaves open, is BERT's.
     """
 
     def __init__(self, d, m, generator):

@@ -293,7 +293,8 @@ class Dropout(nn.Module):
 
     def forward(self, x):
         """Drop numbers of x; in evaluation, or where p rounds to 0, return x itself."""
-        dropped = round(self.p * LEVELS)  # of LEVELS equally likely values, this many drop a number
+        # of LEVELS equally likely values, this many drop a number; not all, since the scale divides by the rest
+        dropped = min(round(self.p * LEVELS), LEVELS - 1)
         if not self.training or dropped == 0:
             return x
         if x.device.type != "cpu":

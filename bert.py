@@ -108,7 +108,7 @@ class BertLayer(nn.Module):
     "output" (after the last LayerNorm).
 
     Source: Vaswani et al. (2017), section 3.1; Devlin et al. (2019), section 3.
-    Differs: BERTer 3 writes the second residual without the first LayerNorm, LN(h + FFN(LN(h + MH(h)))).
+    Differs: BERTer 3 adds h, not x, to the feed-forward network's output: LN(h + FFN(LN(h + MH(h)))).
     """
 
     def __init__(self, config, attention):

@@ -22,12 +22,12 @@ import parallel
 from base_bert import BertConfig
 from datasets import SPLITS, describe_datasets, find_data_dir, read_dataset
 from errors import InputError, smaller, spare_memory, warn
-from evaluation import run_in_order
+from evaluation import run_batches
 from flags import METHODS, PRECISIONS, SAMPLE_DEFAULTS
 from methods import per_task, positive, positive_int
 from optimizer import OPTIMIZERS, SCHEDULES, parameter_groups
 from runs import check_same_files, command_line, describe_environment, hash_weights, sha256
-from samplers import generator
+from samplers import make_rng
 from slf import start_plan
 from tasks import TASKS, build_tasks, widen
 from tokenizer import BertTokenizer
@@ -95,7 +95,7 @@ class Parts:
 
     def inference(self):
         """Keyword arguments of evaluation.predict."""
-        return {"batch_size": self.settings.eval_batch_size, "precision": self.precision.autocast}
+        return {"batch_size": self.settings.eval_batch_size, "autocast": self.precision.autocast}
 
 
 # --- the machine --------------------------------------------------------------------------------------------------
@@ -265,7 +265,7 @@ def choose_rows(data, counts, seed):
     """The rows to train on: {task: rows}, all usable ones or `counts[task]` of them, drawn by the seed."""
     rows = {name: splits["train"].usable for name, splits in data.items()}
     for name, count in counts.items():
-        chosen = generator(seed, "train_rows", name).permutation(rows[name])[:count]
+        chosen = make_rng(seed, "train_rows", name).permutation(rows[name])[:count]
         print(f"--train_rows: {len(chosen):,} of {len(rows[name]):,} {name} rows")
         rows[name] = np.sort(chosen)
     return rows
@@ -277,10 +277,10 @@ def cache_features(model, dataset, batch_size, precision):
     def states(model, batch):
         return (widen(model(batch).states[model.depth]),)
 
-    order, bar = np.argsort(dataset.lengths(), kind="stable"), parallel.progress_bars()
+    rows, bar = np.arange(len(dataset)), parallel.progress_bars()
     with spare_memory(smaller("--eval_batch_size", batch_size)):
-        [features] = run_in_order(model, dataset, order, states, batch_size, precision.autocast, bar)
-    return dataset.with_features(features[np.argsort(order)])  # back in the order of the rows
+        [features] = run_batches(model, dataset, rows, states, batch_size, precision.autocast, bar)
+    return dataset.with_features(features)
 
 
 # --- the slots ----------------------------------------------------------------------------------------------------
@@ -343,7 +343,7 @@ def build_terms(flags, model, terms):
 
     def noise(purpose):
         # a generator for each purpose, so that a method does not change the random numbers of the rest
-        return torch.Generator().manual_seed(int(generator(flags["seed"], purpose).integers(2**62)))
+        return torch.Generator().manual_seed(int(make_rng(flags["seed"], purpose).integers(2**62)))
 
     for method in METHODS:
         more = method.terms(flags, model, noise)
@@ -381,7 +381,7 @@ def build_optimizer(flags, kind, model):
         groups = parameter_groups(parameters.items(), flags["weight_decay"], rates)
         optimizer = OPTIMIZERS[flags["optimizer"]](groups, lr=learning_rate)
         for group in optimizer.param_groups:
-            group["initial_lr"] = learning_rate * group.get("rate", 1.0)
+            group["initial_lr"] = learning_rate * group["rate"]
         return optimizer
 
     return make

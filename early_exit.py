@@ -22,9 +22,9 @@ train the heads, because no gradient passes through t_i.
 The thresholds are chosen on dev. A threshold looks better on the rows that chose it than on new rows. So dev is cut
 into FOLDS parts, and the rows of each part are scored with thresholds that were chosen on the other parts.
 
-Differs: BERTer has no scale. Its labels go from 0 to 5, and tanh(2) is almost tanh(5). Here the scale is half the
-range of the labels, so that the largest error gives tanh(2). BERxiT's published code trains the opposite, the
-probability to go on, and leaves below a threshold.
+Differs: BERTer has no scale. Its labels go from 0 to 5, so an error of 2 and one of 5 have almost the same target. Here
+the scale is half the range of the labels, so that the largest error gives tanh(2). BERxiT's published code trains the
+opposite, the probability to go on, and leaves below a threshold.
 """
 
 import copy
@@ -66,11 +66,11 @@ class Exit(nn.Module):
     Source: BERTer 3.3; DeeBERT.
     """
 
-    def __init__(self, bert, make_heads, with_pooler):
+    def __init__(self, bert, heads, with_pooler):
         super().__init__()
         self.pooler_dense = copy.deepcopy(bert.pooler_dense) if with_pooler else None
         self.pooler_af = nn.Tanh()
-        self.heads = make_heads()
+        self.heads = heads
 
     def pool(self, h):
         """Pass the vector of the first token through this exit's pooler."""
@@ -93,7 +93,8 @@ class LTE(nn.Module):
 
     def certainty(self, state):
         """The estimated certainty u, from 0 to 1."""
-        return widen(self.linear(widen(state))).squeeze(-1).sigmoid()  # c . h + b: [b,1], to [b]
+        # c . v + b: [b,w] to [b,1] to [b]; under autocast the linear layer returns 16 bits
+        return widen(self.linear(widen(state))).squeeze(-1).sigmoid()
 
 
 # --- the losses ---------------------------------------------------------------------------------------------------
@@ -221,7 +222,7 @@ def confidence(model, logits, task):
 
 
 def cut(batch, part):
-    """Cut some rows out of a batch, without the columns that are padding in all of them. Shapes: part: p rows."""
+    """Cut some rows out of a batch, without the columns that are padding in all of them. Shapes: p rows, c columns."""
     segments = []
     for ids, mask, segment_ids in batch.segments:
         used = mask[part].any(0)  # [s]: columns with a token of some row
@@ -254,15 +255,15 @@ class Unfinished:
         return hidden, masks, used
 
     def keep(self, part, stays, hidden, used):
-        """Move the rows that stay behind those already kept. Shapes: stays [k], positions in part; hidden [p,c,d]."""
+        """Add the rows that do not leave to those kept so far. Shapes: stays [r], positions in part; hidden [p,c,d]."""
         if self.hidden is None:
             # zeros: attention masks the cells that a row never fills, but a NaN in them would still spread
             self.hidden = tuple(h.new_zeros(*m.shape, h.shape[-1]) for h, m in zip(hidden, self.masks, strict=True))
         # in place: the kept rows end before the rows that are still to be read
         front = slice(self.count, self.count + len(stays))
         for h, deeper, mask, columns in zip(self.hidden, hidden, self.masks, used, strict=True):
-            h[front, columns] = deeper[stays]  # [k,c,d]
-            mask[front] = mask[part][stays]  # [k,s]
+            h[front, columns] = deeper[stays]  # [r,c,d]
+            mask[front] = mask[part][stays]  # [r,s]
         self.rows[front] = self.rows[part][stays]
         self.count = front.stop
 
@@ -301,7 +302,7 @@ class ExitInference:
             for part in unfinished.parts(batch_size):
                 hidden, masks, used = unfinished.read(part)
                 if i == 1:
-                    hidden = model.embed(cut(batch, part))
+                    hidden = model.embed(cut(batch, part))  # [p,c,d]: `cut` leaves out the columns that `read` does
                 [(_, hidden)] = model.encode(hidden, masks, batch.task, i - 1, i)  # layer i alone
                 logits, leaves = self.run_exit(model, i, hidden, masks, batch.task)
                 rows = unfinished.rows[part][leaves]  # a boolean index copies, so `keep` cannot overwrite these
@@ -393,7 +394,7 @@ def candidates(task_exits, policy):
 
     Shapes: thresholds, normalised scores, mean layers: three arrays with one number for each candidate.
     """
-    certainty = task_exits.certainty(policy)[:, :-1]  # every row leaves at the last exit, whatever its certainty
+    certainty = task_exits.certainty(policy)[:, :-1]  # not the last exit: a row that gets there leaves
     thresholds = (*np.unique(np.quantile(certainty, np.linspace(0, 1, CANDIDATES + 1))), UNREACHABLE)
     results = [scores_at(task_exits, policy, threshold) for threshold in thresholds]
     scores = [task_exits.task.metric.normalise(result.score) for result in results]
@@ -485,8 +486,8 @@ def conflicts(flags, typed):
 
 
 def needs(flags):
-    """--early_exit and every --exit_loss but the default need an exit after every layer."""
-    return {"exits"} if flags["early_exit"] or flags["exit_loss"] != "joint" else set()
+    """--early_exit needs an exit after every layer."""
+    return {"exits"} if flags["early_exit"] else set()
 
 
 def terms(flags, model, noise):

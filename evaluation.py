@@ -84,37 +84,31 @@ class AtExit:
 
 
 @torch.no_grad()
-def run_in_order(model, data, rows, function, batch_size, precision, show_bar):
-    """Apply `function(model, batch)`, which returns a tuple of tensors [b,...], to batches of consecutive `rows`.
+def run_batches(model, data, rows, function, batch_size, autocast, show_bar):
+    """Apply `function(model, batch)`, which returns a tuple of tensors [b,...], to batches of `rows`.
 
-    Several processes share the batches, and each of them gets all results, in the order of `rows`.
+    Several processes share the batches. Each of them gets all results, in the order of `rows`.
     """
-    was_training, device = model.training, next(model.parameters()).device
+    was_training, device, results = model.training, next(model.parameters()).device, []
     model.eval()
-    results = []
-    starts = deal(range(0, len(rows), batch_size))
-    # one autocast context for all batches casts the weights once (under inference_mode it would in every batch)
-    with precision():
-        for start in tqdm(starts, f"predict {data.task.name}", disable=not show_bar, leave=False):
-            batch = data.batch(rows[start : start + batch_size]).to(device)
-            results.append(function(model, batch))
-    model.train(was_training)
-    return tuple(torch.cat(parts).cpu() for parts in zip(*gather_batches(results), strict=True))
-
-
-def run_batches(model, data, rows, *arguments):
-    """Call run_in_order on the rows sorted by length; return the results in the order of `rows`."""
     # longest rows first: batches have little padding, and if memory runs out, it does so at the first batch
     order = np.argsort(-data.lengths()[rows], kind="stable")  # [n]
     back = np.argsort(order)  # the inverse permutation: result back[i] belongs to row i
-    return tuple(result[back] for result in run_in_order(model, data, rows[order], *arguments))
+    starts = deal(range(0, len(rows), batch_size))
+    # one autocast context for all batches casts the weights once (under inference_mode it would in every batch)
+    with autocast():
+        for start in tqdm(starts, f"predict {data.task.name}", disable=not show_bar, leave=False):
+            batch = data.batch(rows[order[start : start + batch_size]]).to(device)
+            results.append(function(model, batch))
+    model.train(was_training)
+    return tuple(torch.cat(parts).cpu()[back] for parts in zip(*gather_batches(results), strict=True))
 
 
-def predict(model, data, rows=None, batch_size=32, infer=AtExit(), precision=nullcontext, show_bar=False):
+def predict(model, data, rows=None, batch_size=32, infer=AtExit(), autocast=nullcontext, show_bar=False):
     """Predict rows of a dataset (by default all), with the model in evaluation mode.
 
     `infer(model, batch, batch_size)` returns (outputs, executed layers) of a batch, which has up to batch_size times
-    `infer.batches_at_once` rows; `precision()` makes the autocast context.
+    `infer.batches_at_once` rows; `autocast()` makes the context of mixed precision.
     """
     rows, task = np.arange(len(data)) if rows is None else np.asarray(rows), data.task
 
@@ -123,18 +117,18 @@ def predict(model, data, rows=None, batch_size=32, infer=AtExit(), precision=nul
 
     with spare_memory(smaller("--eval_batch_size", batch_size)):
         at_once = infer.batches_at_once * batch_size
-        outputs, layers = run_batches(model, data, rows, infer_batch, at_once, precision, show_bar)
+        outputs, layers = run_batches(model, data, rows, infer_batch, at_once, autocast, show_bar)
     outputs = outputs.float()  # [n,o]
     values, probabilities = task.objective.decode(outputs, model.decision_threshold(task.name))
     probabilities = None if probabilities is None else probabilities.numpy()
     return Predictions(data, rows, values.numpy(), outputs.numpy(), probabilities, layers.numpy())
 
 
-def predict_exits(model, data, rows=None, batch_size=32, precision=nullcontext, show_bar=False):
+def predict_exits(model, data, rows=None, batch_size=32, autocast=nullcontext, show_bar=False):
     """Predict rows of a dataset (by default the usable ones) with every exit, in one full pass. Returns AllExits."""
     rows, task = data.usable if rows is None else np.asarray(rows), data.task
     with spare_memory(smaller("--eval_batch_size", batch_size)):
-        outputs, confidence, lte = run_batches(model, data, rows, every_exit, batch_size, precision, show_bar)
+        outputs, confidence, lte = run_batches(model, data, rows, every_exit, batch_size, autocast, show_bar)
     # the outputs of all exits are decoded at once: [n,L,o] to [n * L,o]
     values, _ = task.objective.decode(outputs.flatten(0, 1), model.decision_threshold(task.name))
     values = values.view_as(lte).numpy()  # [n,L]

@@ -13,7 +13,8 @@ conflict if cos(g_i, g_j) = g_i.g_j / (|g_i| |g_j|) < 0, because each of them th
 For each task i, visit the other tasks j in random order. Update g_i in place; g_j is always j's original gradient.
 The update is the sum of the changed g_i. Targets start at 0, where GradVac turns g_i exactly as PCGrad does.
 
-Only parameters with a gradient from two tasks or more are shared. A task's own head keeps its own gradient.
+All this concerns the shared parameters, those with a gradient from two tasks or more. A task's own head keeps its
+gradient.
 Every changed g_i is a combination sum_k C_ik g_k of the original gradients. So the dot products g_i.g_j are computed
 once, the rule runs on the few numbers C in float64, and the update is one weighted sum with the weights sum_i C_ik.
 

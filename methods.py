@@ -3,11 +3,6 @@
 A file of methods (slf.py, smart.py, adapters.py, ...) ends with their records, and flags.py lists all records. The
 command line, the checks and the construction of terms, plans and adapters loop over that list. METHODS.md adds a method
 step by step.
-
-    loss term   term(model, batch, outputs, exit_weights) -> [b]      added to the task's loss, per example
-    plan        a function that starts a generator of phases (slf.py) what is trained, when, on which exits
-    adapter     small modules inside the layers (adapters.py)         one more kind in adapters.KINDS
-    rates       {parameter name: factor}                              a learning rate of its own
 """
 
 import argparse
@@ -45,7 +40,7 @@ class LossTerm(Resumable):
 
 
 def nothing(*arguments):
-    """Build nothing: the default of a slot that a method leaves empty."""
+    """Return nothing, as a dict or as an empty collection: the default of a slot that a method leaves empty."""
     return {}
 
 

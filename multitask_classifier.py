@@ -39,7 +39,7 @@ from methods import LossTerm
 from optimizer import clip_gradients
 from report import close_run, close_sweep, copy_predictions, describe_run, finish, write_page
 from runs import FORMAT, FREE_FLAGS, Interrupted, Recorder, RunFolder, SignalGuard, check_same_run, name_run, sha256
-from samplers import SAMPLERS, all_tasks_order, generator, phase_rows, rows_per_epoch
+from samplers import SAMPLERS, all_tasks_order, make_rng, phase_rows, rows_per_epoch
 from tokenizer import BertTokenizer, pack, pad
 
 # about how many training rows a decision threshold is fitted on
@@ -77,7 +77,7 @@ class MultitaskBERT(nn.Module):
         self.dropout = Dropout(hidden_dropout_prob)
         self.heads = make_heads(self, init)
         earlier = range(self.depth - 1) if with_exits else ()  # the last layer's exit is the ordinary pooler and heads
-        self.exits = nn.ModuleList(Exit(bert, lambda: make_heads(self, init), pooling == "cls") for _ in earlier)
+        self.exits = nn.ModuleList(Exit(bert, make_heads(self, init), pooling == "cls") for _ in earlier)
         self.lte = nn.ModuleDict({name: LTE(self.width(task)) for name, task in tasks.items() if with_exits})
         self.adapters = adapters
         if adapters is not None:
@@ -210,9 +210,9 @@ def predict_texts(model, name, *segments):
             rows.append(pack(a[1:-1], b[1:-1], a[0], a[-1]))
         packed = [tuple(x.to(ids.device) for x in pad(rows, model.bert.config.pad_token_id))]
     else:
-        # segment ids: 1 for the second text of embed_concat, 0 otherwise
-        second = int(task.encoding == "embed_concat")
-        packed = [(x, mask, torch.full_like(x, k * second)) for k, (x, mask) in enumerate(segments)]  # [b,s] each
+        # text k has segment id k with embed_concat, 0 otherwise
+        step = int(task.encoding == "embed_concat")
+        packed = [(x, mask, torch.full_like(x, k * step)) for k, (x, mask) in enumerate(segments)]  # [b,s] each
     batch = Batch(task, tuple(packed), None, tuple(range(len(ids))))
     return model(batch).logits[model.depth]
 
@@ -245,18 +245,18 @@ def set_trainable(model, phase, allowed):
 def phase_steps(parts, phase, position):
     """The steps of a phase that starts after `position` epochs: a pure function of seed and position.
 
-    A step is a list of (task, batches, exit weights), one for each task in it. The batches are arrays of rows: one,
-    or `accumulate` of them. The exit weights go round the phase's cycle, for each task by itself. So each task uses
-    all entries of the cycle, in any task order.
+    A step is a list of (task, batches, exit weights): one entry, or one for each task with --step all_tasks. The
+    batches are up to `accumulate` arrays of rows. Batch k of a task takes entry k of the phase's `exit_weights`, and
+    after the last entry the first one again.
     """
     settings, batches = parts.settings, {}
     sizes = {name: len(rows) for name, rows in parts.rows.items()}
     per_epoch = rows_per_epoch(parts.model.tasks, sizes, settings.data_split)
     for name, chosen in phase_rows(per_epoch, sizes, position, phase.fraction, settings.seed).items():
-        rows, rng = parts.rows[name][chosen], generator(settings.seed, "batches", name, position)
+        rows, rng = parts.rows[name][chosen], make_rng(settings.seed, "batches", name, position)
         size = settings.batch_size * parallel.world_size()
         lengths = parts.data[name]["train"].lengths()[rows]
-        # each group has the rows of one optimiser step, of similar length; the groups are in random order
+        # each group has one task's rows of an optimiser step, of similar length; the groups are in random order
         groups = [rows[group] for group in bucketed_batches(lengths, size * settings.accumulate, rng)]
         batches[name] = [[group[i : i + size] for i in range(0, len(group), size)] for group in groups]
     counts = {name: len(groups) for name, groups in batches.items()}
@@ -264,7 +264,7 @@ def phase_steps(parts, phase, position):
         order = all_tasks_order(counts)
     else:
         k, n = phase.part
-        rng = generator(settings.seed, "order", position)
+        rng = make_rng(settings.seed, "order", position)
         order = [[pair] for pair in SAMPLERS[settings.sampler](counts, k / max(1, n - 1), rng)]
     # e.g. alternating exits: batches 0, 2, 4 of a task train the last exit, batches 1, 3, 5 all exits
     cycle = phase.exit_weights
@@ -284,7 +284,8 @@ def train_step(parts, optimizer, terms, step, multiplier):
         # one batch k times as large, and a short last batch counts by its examples.
         examples = sum(len(rows) for rows in batches)
         for rows in batches:
-            positions, weight = parallel.share(len(rows))  # the rows of this process; all of them if it is alone
+            # the rows of this process, all of them if it is alone; the weight is 0 if it has none of its own, else 1
+            positions, weight = parallel.share(len(rows))
             batch = parts.data[name]["train"].batch(rows, positions).to(precision.device)
             with precision.autocast():
                 outputs = parts.model(batch, exits=tuple(exit_weights))
@@ -312,7 +313,7 @@ def train_step(parts, optimizer, terms, step, multiplier):
 def evaluate_dev(parts, exit_layer):
     """Dev scores and predictions at an exit, after fitting the decision thresholds of cosine losses on training rows.
 
-    Differs: a threshold is fitted at one exit and serves the exits before it too.
+    A task has one decision threshold: it is fitted at `exit_layer` and used at every exit.
     """
     keywords = parts.inference() | {"infer": AtExit(exit_layer)}
     for name, rows in parts.rows.items():
@@ -351,11 +352,11 @@ def train(parts, recorder):
         terms = {name: term for name, term in parts.terms.items() if not isinstance(term, phase.without)}
         steps = phase_steps(parts, phase, recorder.history.epochs)
         k, n = phase.part
-        for done, step in recorder.before_phase(phase, steps, optimizer, trained):
+        for done, step in recorder.remaining_steps(phase, steps, optimizer, trained):
             # the middle of the step, so that neither the first nor the last step has a learning rate of 0
             progress = (k + (done + 0.5) / len(steps)) / n
             results = train_step(parts, optimizer, terms, step, parts.settings.schedule(progress))
-            for term in parts.terms.values():
+            for term in parts.terms.values():  # also those that this phase leaves out
                 term.after_step(parts.model, progress)
             recorder.after_step(results)
         # A model that cannot become the best one is evaluated at the exit it has just trained, or not at all.
@@ -369,7 +370,8 @@ def train(parts, recorder):
 
 def make_model(flags, tasks, bert):
     """The model of a run around a BERT; new parts are drawn from the seed."""
-    # a generator of its own: switching a method on does not change what the heads are drawn from
+    # A generator of its own, so early exit or a loss term does not change what the heads are drawn from. Adapters do,
+    # because they draw from it first.
     init = torch.Generator().manual_seed(flags["seed"])
     adapters = building.build_adapters(flags, bert.config, list(tasks), init)
     dropout, with_exits = flags["hidden_dropout_prob"], "exits" in building.needs_of_methods(flags)
@@ -401,9 +403,9 @@ def train_run(folder, flags, typed):
         folder.create(inputs.record(device) | {"bert": asdict(bert.config)}, inputs.weights, flags["overwrite"])
     print(f"run: {folder.path}", flush=True)
     advice = "free some, then go on with --resume"
-    if flags["batch_size"] > 1:
+    if flags["batch_size"] % 2 == 0:
         half = f"--batch_size {flags['batch_size'] // 2} --accumulate {2 * flags['accumulate']}"
-        advice += f", or start again with --overwrite {half}, which computes the same"
+        advice += f", or start again with --overwrite {half}, which takes the same rows in each step"
     try:
         with spare_memory(advice):
             recorder = Recorder(folder, parts, state)

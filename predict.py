@@ -124,11 +124,11 @@ def main(argv=None):
     data = read_texts(args, tasks[args.task], run.tokenizer, flags["max_length"])
     if data.truncated:
         print(f"note: {data.truncated} rows are cut to {data.max_length} tokens", file=sys.stderr)
-    options = {"batch_size": flags["eval_batch_size"], "precision": make_autocast(flags["precision"], device)}
+    options = {"batch_size": flags["eval_batch_size"], "autocast": make_autocast(flags["precision"], device)}
     # `run.infer` leaves early where the run was trained to
     predictions = predict(run.model, data, infer=run.infer, show_bar=sys.stderr.isatty(), **options)
     if args.html:
-        write_page(args.html, describe_texts(run.model, predictions, options["precision"]))
+        write_page(args.html, describe_texts(run.model, predictions, options["autocast"]))
     if args.out:
         write_whole(args.out, readable_table(predictions))
     else:

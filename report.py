@@ -231,7 +231,7 @@ def read_attention(model, batch, exits):
 
 
 @torch.no_grad()
-def explain(model, predictions, i, precision):
+def explain(model, predictions, i, autocast):
     """Prediction i, what every exit predicts for it, and the attention weights of every layer, head and encoder pass.
 
     The weights are bytes in base64, [L,h,s,s] for the first MAP_TOKENS tokens, and 255 stands for a weight of 1.
@@ -239,7 +239,7 @@ def explain(model, predictions, i, precision):
     data, task = predictions.data.with_features(None), predictions.data.task
     batch = data.batch(predictions.rows[[i]]).to(next(model.parameters()).device)
     exits = tuple(range(1, model.depth + 1)) if len(model.lte) else (model.depth,)
-    with precision():
+    with autocast():
         outputs, maps = read_attention(model, batch, exits)
         lte = {j: float(model.lte[task.name].certainty(outputs.states[j])) for j in exits if len(model.lte)}
     rows, passes, count = [], [], len(maps) // model.depth
@@ -258,7 +258,7 @@ def explain(model, predictions, i, precision):
     return describe_row(predictions, i) | {"task": task.name, "exits": rows, "passes": passes}
 
 
-def describe_predictions(model, predictions, precision):
+def describe_predictions(model, predictions, autocast):
     """The tasks and their mistakes, and a few rows explained, from the worst prediction to the best."""
     mistakes, sentences, count = {}, [], max(1, TEXTS // len(predictions))
     for name, predicted in predictions.items():
@@ -266,15 +266,15 @@ def describe_predictions(model, predictions, precision):
         wrong = [i for i in order[:MISTAKES] if badness[i] > 0]
         mistakes[name] = [describe_row(predicted, i) | {"badness": float(badness[i])} for i in wrong]
         picked = order[np.unique(np.linspace(0, len(order) - 1, count).astype(int))]
-        sentences += [explain(model, predicted, i, precision) for i in picked]
+        sentences += [explain(model, predicted, i, autocast) for i in picked]
     tasks = {name: describe_task(predicted.data) for name, predicted in predictions.items()}
     constant = {name: constant_score(predicted) for name, predicted in predictions.items()}
     return {"tasks": tasks, "constant": constant, "mistakes": mistakes, "sentences": sentences}
 
 
-def describe_texts(model, predictions, precision):
+def describe_texts(model, predictions, autocast):
     """The page of predict.py: the first texts explained."""
-    explained = [explain(model, predictions, i, precision) for i in range(len(predictions.rows))[:TEXTS]]
+    explained = [explain(model, predictions, i, autocast) for i in range(len(predictions.rows))[:TEXTS]]
     tasks = {predictions.data.task.name: describe_task(predictions.data)}
     title = {"title": f"Predictions: {predictions.data.task.title}", "written_by": command_line()}
     return title | {"tasks": tasks, "texts": len(predictions.rows), "sentences": explained}
@@ -349,7 +349,7 @@ def close_run(parts, folder, known=None):
                 predicted = predict(model, splits[split], infer=infer, show_bar=progress_bars(), **options)
             write_predictions(folder / "predictions", predicted, split)
     print(f"predictions: {folder / 'predictions'}")
-    page = describe_predictions(model, predictions, options["precision"])
+    page = describe_predictions(model, predictions, options["autocast"])
     return page | {"scores": scores.record(), "exits": exit_record, "curves": curves}
 
 

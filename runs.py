@@ -490,7 +490,7 @@ class History:
 class Recorder:
     """Everything around the loop that is not training: saving, logging, signals, progress bar, time and memory.
 
-    The loop calls it at three places: `before_phase` (which yields the remaining steps), `after_step`, `after_phase`.
+    The loop calls it at three places: `remaining_steps`, `after_step`, `after_phase`.
     A signal that reaches one process stops all processes after the same step. `state` is what a stopped run saved.
     """
 
@@ -516,7 +516,7 @@ class Recorder:
         if kind is None and parallel.any_process(self.signals.received is not None)[0]:
             raise Interrupted
 
-    def before_phase(self, phase, steps, optimizer, trained):
+    def remaining_steps(self, phase, steps, optimizer, trained):
         """Yield (number of finished steps, step) for the remaining steps of a phase, behind a progress bar."""
         # `pending` holds the results of the steps since the last line of the log
         self.phase, self.optimizer, self.pending, history = phase, optimizer, [], self.history

@@ -1,7 +1,7 @@
 """Which rows an epoch uses, and which task comes next: pure functions of a seed.
 
-Nothing here holds state. The rows and the order of a phase follow from the seed and the phase's start, counted in
-epochs. So a resumed run needs no saved iterator.
+Nothing here holds state. A phase is a part of the training, often an epoch (slf.py). Its rows and their order follow
+from the seed and the phase's start, counted in epochs. So a resumed run needs no saved iterator.
 
 Data splitting (SMARTer BERT 5.3.2). The largest task dominates the training unless an epoch takes only a part of it:
     full          every row of every task
@@ -28,7 +28,7 @@ import numpy as np
 DATA_SPLITS = ("full", "equal", "proportional")
 
 
-def generator(seed, *key):
+def make_rng(seed, *key):
     """A numpy generator for one purpose: the same seed and key draw the same numbers, another key draws others."""
     # crc32 maps a word to the same number in every process; Python's hash() does not
     return np.random.default_rng([seed, *(zlib.crc32(str(part).encode()) for part in key)])
@@ -43,7 +43,7 @@ def endless_rows(name, size, start, count, seed):
     Shapes: int array [count].
     """
     first, last = start // size, (start + count - 1) // size
-    passes = [generator(seed, "rows", name, k).permutation(size) for k in range(first, last + 1)]
+    passes = [make_rng(seed, "rows", name, k).permutation(size) for k in range(first, last + 1)]
     return np.concatenate(passes)[start - first * size :][:count]  # [passes * size] cut to [count]
 
 
@@ -77,36 +77,36 @@ def phase_rows(rows, sizes, start, fraction, seed):
 # `progress` is (e - 1) / (E - 1), or 0 if E is 1: it is 1 in the last epoch. (A schedule's progress counts steps.)
 
 
-def sequential(steps, progress, rng):
+def sequential(counts, progress, rng):
     """One task after the other."""
-    return [(name, k) for name in steps for k in range(steps[name])]
+    return [(name, k) for name in counts for k in range(counts[name])]
 
 
-def round_robin(steps, progress, rng):
+def round_robin(counts, progress, rng):
     """The tasks in turn, until each has used its batches."""
-    return [(name, k) for k in range(max(steps.values())) for name in steps if k < steps[name]]
+    return [(name, k) for k in range(max(counts.values())) for name in counts if k < counts[name]]
 
 
-def number_batches(order, steps):
+def number_batches(order, counts):
     """Give each entry of a sequence of tasks the task's next batch, the first one again after the last."""
-    used, numbered = dict.fromkeys(steps, 0), []
+    used, numbered = dict.fromkeys(counts, 0), []
     for name in map(str, order):  # numpy draws strings of its own type
-        numbered.append((name, used[name] % steps[name]))
+        numbered.append((name, used[name] % counts[name]))
         used[name] += 1
     return numbered
 
 
-def shuffled(steps, progress, rng):
+def shuffled(counts, progress, rng):
     """All batches in random order."""
-    return number_batches(rng.permutation([name for name in steps for _ in range(steps[name])]), steps)
+    return number_batches(rng.permutation([name for name in counts for _ in range(counts[name])]), counts)
 
 
 def drawn(alpha):
     """Make the order that draws each step's task with p ~ N^alpha(progress)."""
 
-    def order(steps, progress, rng):
-        weights = np.array([count ** alpha(progress) for count in steps.values()])
-        return number_batches(rng.choice(list(steps), size=sum(steps.values()), p=weights / weights.sum()), steps)
+    def order(counts, progress, rng):
+        weights = np.array([count ** alpha(progress) for count in counts.values()])
+        return number_batches(rng.choice(list(counts), size=sum(counts.values()), p=weights / weights.sum()), counts)
 
     return order
 
@@ -120,9 +120,9 @@ SAMPLERS = {"sequential": sequential, "round_robin": round_robin, "random": shuf
 SAMPLERS |= {name: drawn(alpha) for name, alpha in ALPHAS.items()}
 
 
-def all_tasks_order(steps):
+def all_tasks_order(counts):
     """Steps that take one batch of every task; shorter tasks start again until the longest one ends.
 
     Returns a list of lists of (task, batch index).
     """
-    return [[(name, k % count) for name, count in steps.items()] for k in range(max(steps.values()))]
+    return [[(name, k % count) for name, count in counts.items()] for k in range(max(counts.values()))]

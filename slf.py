@@ -216,9 +216,9 @@ def check_two_stage(flags, typed):
     on = flags["exit_loss"] == "two_stage"
     yield on and flags["slf"], "--exit_loss two_stage and --slf are both plans with a first stage: choose one"
     for loss in headless_losses(flags):
-        # a cosine of mean vectors: an exit without pooler and without head
-        nothing = flags["pooling"] != "cls"
-        yield on and nothing, f"{loss} and mean pooling leave --exit_loss two_stage no exit to train: add --pooling cls"
+        # with mean pooling an exit has no pooler, and a cosine of mean vectors has no head
+        bare = flags["pooling"] != "cls"
+        yield on and bare, f"{loss} and mean pooling leave --exit_loss two_stage no exit to train: add --pooling cls"
 
 
 def build_alternating(flags, depth, plan):
@@ -234,7 +234,7 @@ def check_alternating(flags, typed):
     """Conflicts of Smart Alternating: pairs (applies, sentence)."""
     kind = flags["exit_loss"]
     # a cycle of several entries also switches between exits, batch by batch
-    both = flags["smart_alternating"] and (kind == "two_stage" or len(EXIT_WEIGHTS[kind](2)) > 1)
+    both = flags["smart_alternating"] and (kind == "two_stage" or len(EXIT_WEIGHTS[kind](2)) > 1)  # 2: any depth
     yield both, f"--exit_loss {kind} and --smart_alternating both choose the exits: choose one"
 
 

@@ -27,6 +27,7 @@ from dataclasses import replace
 import torch
 
 from base_bert import dropout_state
+from datasets import to_device
 from errors import InputError
 from methods import LossTerm, Method, among_tasks, at_least_zero, belongs, positive
 from parallel import every_process
@@ -138,7 +139,7 @@ class NoiseTerm(SmoothnessTerm):
         for h, mask in zip(hidden, masks, strict=True):
             device = self.generator.device  # the CPU: the same numbers on every machine
             x = torch.randn(rows, *h.shape[1:], dtype=h.dtype, generator=self.generator, device=device)
-            noise.append(x[positions].to(h.device) * mask.unsqueeze(-1))  # [b,s,d] * [b,s,1]
+            noise.append(to_device(x[positions], h.device) * mask.unsqueeze(-1))  # [b,s,d] * [b,s,1]
         return tuple(noise)
 
 
@@ -156,7 +157,7 @@ class AdversarialSmart(NoiseTerm):
     are about --smart_radius 2e-5.
     A training step costs 8 units instead of 3, if a forward pass costs 1, a full backward pass 2 and a backward pass to
     the embeddings 1. This holds for float32 training, where the loop's pass is reused as the clean pass.
-    Each step waits for the device once, to check that the perturbation changed something.
+    Each batch waits for the device once, to check that the perturbation changed something.
 
     Units: radius is a multiple of the RMS of the embeddings of an example's real tokens.
     Raises: InputError if the perturbation vanished: the ascent did not move it, adding it to the embeddings did not
@@ -273,14 +274,15 @@ class Bregman(SmoothnessTerm):
     @torch.no_grad()
     def teacher_logits(self, model, batch, exits):
         """The teacher's logits. Shapes: {exit: [b,o]}."""
-        training = model.training
+        modes = {module: module.training for module in model.modules()}  # a frozen BERT is in evaluation mode
         model.eval()  # no dropout
         try:
             with torch.autocast(batch.labels.device.type, enabled=False):
                 # the model's code with the teacher's weights
                 return torch.func.functional_call(model, self.teacher, (batch,), {"exits": tuple(exits)}).logits
         finally:
-            model.train(training)
+            for module, mode in modes.items():
+                module.training = mode
 
     @torch.no_grad()
     def after_step(self, model, progress):

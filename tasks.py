@@ -33,7 +33,7 @@ ENCODINGS = ("concat", "embed_concat", "siamese")
 
 @dataclass(frozen=True)
 class Metric:
-    """A score of predictions, from `low` to `high` (all are right): `function(values [n], labels [n]) -> float`."""
+    """A score of predictions, `function(values [n], labels [n]) -> float`, from `low` to `high` (no mistakes)."""
 
     name: str
     function: Callable
@@ -241,6 +241,7 @@ def squared_difference(p_outputs, q_outputs):
 
 
 # --- decoding: logits [b,o] -> (predictions [b], probabilities [b,classes] or None) -------------------------------
+# only two classes with one logit have a decision threshold; the other decoders ignore it
 
 
 def decode_softmax(logits, threshold=0.5):
@@ -346,7 +347,10 @@ def cosine_value(high):
 
 
 def as_many_as(other):
-    """Make an entry of epoch_rows: as many rows as another task has (the smallest, if it is absent), at most all."""
+    """Make an entry of epoch_rows: as many rows as the task `other` has, or all if that is more than there are.
+
+    A run without that task takes as many as its smallest task has.
+    """
     return lambda name, sizes: min(sizes[name], sizes.get(other, min(sizes.values())))
 
 
@@ -395,7 +399,7 @@ TASKS = {
         columns=("sentence1", "sentence2"),
         label_column="similarity",
         labels=(0.0, 5.0),
-        output=("id \t Predicted_Similiary ", ".4f"),
+        output=("id \t Predicted_Similiary ", ".4f"),  # the course's spelling
         metric=PEARSON,
         objectives={"mse": value(0.0, 5.0), "cosine": cosine_value(5.0)},
         # SMARTer BERT 5.3.2: 17 parts. Differs: 6,040 / 17 is rounded up to 356 rows, the paper has 355.

@@ -32,7 +32,7 @@ def predict_member(path, data_dir):
     run = load_run(path, torch.device("cpu"), {"data_dir": data_dir} if data_dir else {})
     data, _, _ = building.read_data(run.flags, run.model.tasks, run.tokenizer)
     autocast = building.make_autocast(run.flags["precision"], torch.device("cpu"))
-    options = {"batch_size": run.flags["eval_batch_size"], "precision": autocast}
+    options = {"batch_size": run.flags["eval_batch_size"], "autocast": autocast}
     predictions = {}
     for name, splits in data.items():
         predictions[name, "dev"] = predict(run.model, splits["dev"], splits["dev"].usable, **options)

@@ -44,7 +44,7 @@ from lab.peer import (
 )
 from multitask_classifier import TaskLoss, make_model, phase_steps, set_trainable, train_step
 from runs import RunFolder
-from samplers import generator, phase_rows, rows_per_epoch
+from samplers import make_rng, phase_rows, rows_per_epoch
 from tasks import build_tasks
 from tokenizer import BertTokenizer
 
@@ -155,7 +155,7 @@ def write_share(setup, folder, share):
     for name, splits in data.items():
         size = len(splits["dev"].usable)
         # at least 8 of a task: a correlation needs examples that differ
-        dev[name] = generator(SEED, "dev", name).permutation(size)[: max(8, round(share * size))]
+        dev[name] = make_rng(SEED, "dev", name).permutation(size)[: max(8, round(share * size))]
         rows = {"train": ("train", train[name]), "dev": ("dev", dev[name]), "test": ("dev", dev[name][:8])}
         for split, (source, chosen) in rows.items():
             write_course_file(folder / tasks[name].file(split), tasks[name], course_rows(splits[source], chosen))
@@ -165,7 +165,7 @@ def write_share(setup, folder, share):
 def write_sentences(setup, folder, b, s):
     """Write SST's training file with b sentences of exactly s tokens, of random words that are one token each."""
     folder.mkdir(parents=True, exist_ok=True)
-    vocab, rng = BertTokenizer.from_pretrained(setup.weights).vocab, generator(SEED, "words")
+    vocab, rng = BertTokenizer.from_pretrained(setup.weights).vocab, make_rng(SEED, "words")
     words, task = [word for word in vocab if word.isascii() and word.islower() and word.isalpha()], build_tasks()["sst"]
     # two of the tokens are [CLS] and [SEP]
     rows = [(f"id{i}", [" ".join(rng.choice(words, s - 2))], rng.integers(5)) for i in range(b)]

@@ -461,6 +461,8 @@ def test_dropout_is_the_identity_in_evaluation_and_at_zero():
     x = torch.randn(3, 5)
     assert bert.Dropout(0.5).eval()(x) is x
     assert bert.Dropout(0.0)(x) is x
+    # a rate that rounds to 1 still leaves a number to scale
+    assert torch.isfinite(bert.Dropout(0.9999999)(x)).all()
 
 
 def test_dropout_takes_any_number_of_elements_in_any_layout():

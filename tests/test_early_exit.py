@@ -635,21 +635,19 @@ def test_flags_decide_what_early_exit_needs_and_adds_to_the_loss():
     for arguments, needs, terms in [
         ((), set(), []),
         (("--early_exit",), {"exits"}, ["lte"]),
-        (("--exit_loss", "weighted"), {"exits"}, []),
-        (("--exit_loss", "two_stage"), {"exits"}, []),
-        (("--exit_loss", "distilled"), {"exits"}, ["distill"]),
+        (("--early_exit", "--exit_loss", "weighted"), {"exits"}, ["lte"]),
+        (("--early_exit", "--exit_loss", "two_stage"), {"exits"}, ["lte"]),
         (("--early_exit", "--exit_loss", "distilled"), {"exits"}, ["lte", "distill"]),
     ]:
         flags, given = parse(*arguments)
-        alone = "exit_loss" in given and not flags["early_exit"]
-        assert refused(flags, given) == ["--exit_loss belongs to --early_exit"] * alone
+        assert refused(flags, given) == []
         assert EXITS.needs(flags) == needs
         built = EXITS.terms(flags, None, None)
         assert list(built) == terms and all(isinstance(term, LossTerm) for term in built.values())
 
 
 def test_flags_that_need_early_exit_are_refused_without_it():
-    for arguments in (("--exit_policy", "lte"), ("--exit_threshold", ".5")):
+    for arguments in (("--exit_policy", "lte"), ("--exit_threshold", ".5"), ("--exit_loss", "weighted")):
         flags, given = parse(*arguments)
         assert refused(flags, given) == [f"{arguments[0]} belongs to --early_exit"]
         assert refused(flags | {"option": "evaluate"}, given) == []
@@ -670,5 +668,5 @@ def test_thresholds_and_lists_of_them_are_read():
 
 def test_a_file_outside_can_add_a_way_to_weigh_exits(monkeypatch):
     monkeypatch.setitem(EXIT_WEIGHTS, "ends", lambda depth: ({1: 1.0, depth: 1.0},))
-    flags, _ = parse("--exit_loss", "ends")
+    flags, _ = parse("--early_exit", "--exit_loss", "ends")
     assert EXIT_WEIGHTS[flags["exit_loss"]](5) == ({1: 1.0, 5: 1.0},) and EXITS.needs(flags) == {"exits"}

@@ -341,7 +341,7 @@ def test_autocast_casts_the_weights_once_for_all_batches_of_a_prediction(make_da
     data = make_data("sst", random_rows("x", [0, 1, 2, 3, 4, 0, 1]))
     model = make_model(TASKS, layers=3, dtype=torch.float32)
     with CountCasts(model.bert.bert_layers[0].interm_dense.weight.shape) as casts:
-        predict(model, data, batch_size=2, precision=lambda: torch.autocast("cpu", torch.bfloat16))
+        predict(model, data, batch_size=2, autocast=lambda: torch.autocast("cpu", torch.bfloat16))
     assert casts.count == 3
 
 

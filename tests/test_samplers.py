@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import samplers
-from samplers import ALPHAS, SAMPLERS, all_tasks_order, endless_rows, generator
+from samplers import ALPHAS, SAMPLERS, all_tasks_order, endless_rows, make_rng
 from tasks import TASKS
 
 SIZES = {"sst": 30, "para": 100, "sts": 51}
@@ -25,12 +25,12 @@ def epoch_rows(sizes, split, start, fraction, seed):
 
 
 def test_generators_depend_on_seed_and_key_only():
-    first = generator(1, "rows", "sst", 0).random(4)
-    assert np.array_equal(first, generator(1, "rows", "sst", 0).random(4))
+    first = make_rng(1, "rows", "sst", 0).random(4)
+    assert np.array_equal(first, make_rng(1, "rows", "sst", 0).random(4))
     for other in (
-        generator(2, "rows", "sst", 0),
-        generator(1, "rows", "sst", 1),
-        generator(1, "rows", "sts", 0),
+        make_rng(2, "rows", "sst", 0),
+        make_rng(1, "rows", "sst", 1),
+        make_rng(1, "rows", "sts", 0),
     ):
         assert not np.array_equal(first, other.random(4))
 
@@ -117,7 +117,7 @@ def test_rows_differ_with_seed_and_task_and_not_by_the_call():
 
 
 def order(sampler, seed=0, steps=STEPS, progress=0.0):
-    return SAMPLERS[sampler](steps, progress, generator(seed, "order"))
+    return SAMPLERS[sampler](steps, progress, make_rng(seed, "order"))
 
 
 @pytest.mark.parametrize("sampler", ["sequential", "round_robin", "random"])

@@ -489,6 +489,14 @@ def test_the_teacher_has_no_gradient_and_no_dropout():
     assert all(not p.requires_grad and p.grad is None for p in term.teacher.values())
 
 
+def test_the_teacher_leaves_a_frozen_bert_in_evaluation_mode():
+    model = make_model(dropout=0.4).train()
+    model.bert.eval()  # as set_trainable leaves it where nothing of BERT trains
+    modes = [module.training for module in model.modules()]
+    Bregman(model, 1.0, NAMES).teacher_logits(model, make_batch(model.tasks["sst"]), (model.depth,))
+    assert [module.training for module in model.modules()] == modes and True in modes and False in modes
+
+
 def test_at_the_start_the_divergence_without_dropout_is_zero_and_then_grows():
     model = make_model()
     batch = make_batch(model.tasks["para"])

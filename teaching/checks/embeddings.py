@@ -62,7 +62,7 @@ def pooler(draw):
     model = draw_model(draw)
     h = draw.normal(draw.number(1, 1 + draw.size), draw.number(2, 3 + draw.size), model.config.hidden_size)
     draw.show(h=h, W=model.pooler_dense.weight, b=model.pooler_dense.bias)
-    early = draw.randomise(Exit(model, torch.nn.ModuleDict, True))
+    early = draw.randomise(Exit(model, torch.nn.ModuleDict(), True))
     return {
         "BertModel.pool": lambda: model.pool(h),
         "Exit.pool": lambda: early.pool(h),
