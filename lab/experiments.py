@@ -45,9 +45,9 @@ from tasks import TASKS
 REPORT, SCRATCH = "report", HERE / "runs" / "scratch"
 # thresholds whose time is measured
 TIMED = "0.5,0.6,0.7,0.8,0.9,0.95,0.99,0.999"
-# for estimates, measured on one core with the small weights in bf16: seconds to train on one example, and to score the
-# dev set; the training rows of the data
-EXAMPLE_SECONDS, DEV_SECONDS, START_SECONDS = 0.011, 18, 60
+# for estimates, measured with the small weights on one core (bf16: a CPU that has it; fp32: one that has not): seconds
+# to train on one example, and to score the dev set; the training rows of the data
+EXAMPLE_SECONDS, DEV_SECONDS, START_SECONDS = {"bf16": 0.011, "fp32": 0.05}, {"bf16": 18, "fp32": 90}, 60
 TRAIN_ROWS = {"sst": 8544, "para": 14169, "sts": 6040, "cfimdb": 1707}
 # what a method multiplies the time of a training step with
 STEP_FACTORS = {"smart": 2.3, "bregman": 1.4, "lnsr": 1.6}
@@ -71,7 +71,8 @@ def estimate(words):
     # stage 1 stops its forward pass at layer i and its backward pass below it
     passes += flags["slf"] * flags["slf_epochs"] * 6 * 0.35
     phases += 3 * flags["slf"]
-    return (START_SECONDS + examples * passes * EXAMPLE_SECONDS + phases * DEV_SECONDS) / 60
+    training = examples * passes * EXAMPLE_SECONDS[flags["precision"]]
+    return (START_SECONDS + training + phases * DEV_SECONDS[flags["precision"]]) / 60
 
 
 # --- training -----------------------------------------------------------------------------------------------------

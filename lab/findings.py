@@ -26,9 +26,11 @@ FUNCTIONS = {"abs": abs, "min": lambda *values: np.min(values), "max": lambda *v
 MISSING = Number(math.nan, "", math.nan)
 
 
-def used_numbers(text, numbers):
-    """The numbers that a condition uses, {name: Number or None}."""
-    return {name: number for name, number in numbers.items() if re.search(rf"(?<!\.)\b{name}\b", text)}
+def needed_numbers(claim, numbers):
+    """The numbers that the conditions of a claim use, all if it has none: {name: Number or None}."""
+    text = " ".join(claim.get(word, "") for word in (CONFIRMED, REFUTED))
+    used = {name: number for name, number in numbers.items() if re.search(rf"(?<!\.)\b{name}\b", text)}
+    return used or numbers
 
 
 def verdict_of(claim, numbers):
@@ -37,7 +39,7 @@ def verdict_of(claim, numbers):
     Raises: InputError if the typed verdict is another one than the numbers give.
     """
     typed, conditions = claim.get("verdict"), {word: claim[word] for word in (CONFIRMED, REFUTED) if word in claim}
-    needed = used_numbers(" ".join(conditions.values()), numbers) if conditions else numbers
+    needed = needed_numbers(claim, numbers)
     if not conditions:
         return NOT_RUN if numbers and not any(numbers.values()) else typed
     known = {name: number or MISSING for name, number in needed.items()}
@@ -59,7 +61,7 @@ def verdict_of(claim, numbers):
 def measured_text(claim, numbers):
     """What was measured of a claim, and the groups that it comes from."""
     texts, used = fill(claim["measured"], numbers)
-    groups = sorted({number.group for number in used.values()})
+    groups = dict.fromkeys(number.group for number in used.values())  # in the order of the sentences
     return " ".join(texts) + (f" ({', '.join(groups)})" if groups else "")
 
 
@@ -73,8 +75,9 @@ def claim_cells(claim, source):
     numbers = read_numbers(claim, source)
     verdict = verdict_of(claim, numbers)
     # what would decide it: more than was run, or the groups that were not run
-    missing = sorted({first_group(claim["numbers"][name]) for name, number in numbers.items() if number is None})
-    decides = {UNDECIDED: claim.get("decides"), NOT_RUN: ", ".join(missing)}.get(verdict)
+    needed = needed_numbers(claim, numbers)
+    missing = sorted({first_group(claim["numbers"][name]) for name, number in needed.items() if number is None})
+    decides = {UNDECIDED: claim.get("decides"), NOT_RUN: f"rows of {', '.join(missing)}"}.get(verdict)
     return [
         claim["where"],
         claim["claim"],

@@ -3,7 +3,7 @@
     python -m lab.measure RUN --data_dir DIR      writes RUN/measured.json
 
     predictions    of the dev rows that can be scored, in the order of the file, as short arrays without texts or labels
-    train_scores   the metrics on some training rows, which show how far the model has learned them by heart
+    train_scores   the metrics on some rows to train on; a run of less than an epoch has not seen all of them
     compute        the layer passes of the training: forward counts 1, backward 2, per layer and token
     exits          what leaving early scores: for fixed thresholds, for chosen ones, and for an oracle
 

@@ -27,7 +27,7 @@ WORDS = {
     "lower": "Norm clearly lower than the baseline's",
     "not clearly different": "Norm not clearly different from the baseline's",
 }
-WHY_MISSING = "The machine's time ran out: without instructions for bf16 such a run takes a core up to two hours."
+WHY_MISSING = "The machine's time ran out; `--list` prints about how long each run takes."
 
 
 def baseline_sentences(group, source):

@@ -5,7 +5,7 @@ A function leaves out what was not run. Without anything to draw it returns no p
 
 from statistics import mean, stdev
 
-from lab.numbers import SEED_NOISE, seed_noise
+from lab.numbers import seed_noise
 from lab.record import recipes
 from lab.rows import BERTER_PAPER
 from tasks import build_tasks
@@ -23,14 +23,15 @@ def spread(values, noise):
     return (mean(values), max(noise, stdev(values) if len(values) > 1 else 0)) if values else None
 
 
-def norm_of(runs):
-    """The best norm of a recipe in a long group, over its seeds."""
-    return spread([row["best"]["norm"] for row in runs], SEED_NOISE["norm"])
+def norm_of(group, runs):
+    """The best norm of a recipe, over its seeds."""
+    return spread([row["best"]["norm"] for row in runs], seed_noise(group, "norm", runs[0]))
 
 
-def with_exits(runs):
-    """The norm of a recipe in a long group where rows leave early."""
-    return spread([row["exits"]["cross_fitted_norm"]["exit"] for row in runs if row["exits"]], SEED_NOISE["norm"])
+def with_exits(group, runs):
+    """The norm of a recipe where rows leave early, over its seeds."""
+    norms = [row["exits"]["cross_fitted_norm"]["exit"] for row in runs if row["exits"]]
+    return spread(norms, seed_noise(group, "norm", runs[0]))
 
 
 def drop_empty(panels):
@@ -43,14 +44,14 @@ def drop_empty(panels):
 
 def berter_table2(rows):
     """Ours beside the paper's, for the paper's recipe; ours alone for the best recipe."""
-    ours, block = recipes(rows), "best recipe: "
+    ours, block, group = recipes(rows), "best recipe: ", "berter-table2"
     paper = {
-        name: [norm_of(runs), with_exits(runs), (BERTER_PAPER[name]["norm"], None)]
+        name: [norm_of(group, runs), with_exits(group, runs), (BERTER_PAPER[name]["norm"], None)]
         for name, runs in ours.items()
         if name in BERTER_PAPER
     }
     best = {
-        name.removeprefix(block): [norm_of(runs), with_exits(runs), None]
+        name.removeprefix(block): [norm_of(group, runs), with_exits(group, runs), None]
         for name, runs in ours.items()
         if name.startswith(block)
     }
@@ -112,16 +113,18 @@ def dots_of(rows, values, series, titles):
 
 def slf_ablation(rows):
     """The norm at full depth and with exits."""
-    title = "best norm"
+    group, series = "slf-ablation", ["full depth", "with early exit"]
     return dots_of(
-        rows, [lambda runs: [norm_of(runs), with_exits(runs)]], ["full depth", "with early exit"], [(title, "norm")]
+        rows, [lambda runs: [norm_of(group, runs), with_exits(group, runs)]], series, [("best norm", "norm")]
     )
 
 
 def embedding_order(rows):
     """The scores of both pair tasks."""
     functions = [
-        lambda runs, task=task: [spread([row["best"].get(task) for row in runs], SEED_NOISE[task])]
+        lambda runs, task=task: [
+            spread([row["best"].get(task) for row in runs], seed_noise("embedding-order", task, runs[0]))
+        ]
         for task in ("para", "sts")
     ]
     return dots_of(rows, functions, ["_mean"], [("Quora", "accuracy"), ("STS", "Pearson r")])
@@ -142,8 +145,10 @@ def smart_when(rows):
                 label = recipe.replace("SMART on Quora, ", "Quora, ").replace("SMART on ", "")
                 curves[label] = {"x": steps, "y": [mean(points) for points in zip(*gains, strict=True)]}
         panel = {"title": AXIS[name], "x": "share of the training", "y": "with SMART minus without"}
-        panels.append(panel | {"curves": curves, "band": SEED_NOISE[name] * 2**0.5})
-    return drop_empty(panels)
+        if curves:
+            noise = seed_noise("smart-when", name, ours["no SMART"][0])
+            panels.append(panel | {"curves": curves, "band": noise * 2**0.5})
+    return panels
 
 
 def berter_figures(rows):
@@ -158,7 +163,9 @@ def berter_figures(rows):
         points |= {default: base} if base else {}
         x = sorted(points)
         y = [points[value]["last"][key] for value in x]
-        return {f"_{word}": {"x": x, "y": y, "errors": [seed_noise("berter-figures", key)] * len(x)}} if x else {}
+        errors = [seed_noise("berter-figures", key, points[value]) for value in x]
+        # two values make no curve
+        return {f"_{word}": {"x": x, "y": y, "errors": errors, "points": len(x) < 3}} if x else {}
 
     epochs = {}
     if "SST over epochs" in rows:
@@ -230,7 +237,7 @@ def adaptations(rows):
         if len(row["metrics"]["last"]) == 3:  # a run of one task has another norm
             curves[name] = {"x": [(i + 1) / len(y) for i in range(len(y))], "y": y, "style": k - 1}
             trained = row["measured"]["trained"] / 1e6 if row["measured"] else None
-            point = spread([row["last"]["norm"]], seed_noise("adaptations", "norm"))
+            point = spread([row["last"]["norm"]], seed_noise("adaptations", "norm", row))
             dots[f"{name} ({trained:.2f} M)" if trained else name] = [point]
     dots = dict(sorted(dots.items(), key=lambda item: -item[1][0][0]))
     return drop_empty(
@@ -243,7 +250,7 @@ def adaptations(rows):
 
 def score(rows):
     """The norm of each run, and of the ensemble."""
-    dots = {name: [norm_of([row])] for name, row in rows.items()}
+    dots = {name: [norm_of("score", [row])] for name, row in rows.items()}
     return drop_empty([{"title": "best norm", "x": "norm", "dots": dots, "series": ["_norm"]}])
 
 
@@ -259,15 +266,15 @@ PANELS = {
     "adaptations": adaptations,
     "score": score,
 }
-BARS = "bars: one standard deviation between seeds"
+BARS = "bars: noise from seed to seed"
 TITLES = {
-    "berter-table2": f"The twelve rows of BERTer's Table 2: best dev score ({BARS})",
-    "exit-thresholds": "Early exit: dev score against layers and time, for five ways to train the exits",
+    "berter-table2": f"BERTer's Table 2: best dev score ({BARS})",
+    "exit-thresholds": "Early exit: dev score against layers",
     "slf-ablation": f"Training layer by layer, at equal compute ({BARS})",
     "embedding-order": f"Pair encodings: mean or [CLS] pooling ({BARS})",
     "smart-when": "What SMART adds to the dev score; the legend names its tasks (grey: noise of one seed)",
-    "berter-figures": f"BERTer's figures 1 to 4; 2 to 4 after a quarter of an epoch ({BARS})",
-    "smarter": "SMARTer BERT: SMART as a regulariser, data splits, gradient conflicts",
+    "berter-figures": f"BERTer's figures, after a quarter of an epoch except figure 1 ({BARS})",
+    "smarter": "SMARTer BERT's figures",
     "adaptations": f"Layer-level adaptations: dev score and trained parameters ({BARS})",
     "score": f"The best recipe: three seeds and their ensemble ({BARS})",
 }

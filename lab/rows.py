@@ -267,11 +267,11 @@ BERTER_TABLE_2 = Group(
     f"{BF16} --epochs 3 --epoch_size 0.5 --split full --sampler sequential --batch_size 16 --lr 1e-4 "
     "--hidden_dropout_prob 0.3 --pooling cls --para_loss mse --seed 1",
     TABLE_2 | TABLE_2_BEST | more_seeds(TABLE_2, ("Baseline", "SLF + Conc Before Embed")),
-    question="Do the methods of BERTer's Table 2 help, each at the same budget?",
+    question="Do the methods of BERTer's Table 2 help, each on equally many examples?",
     blocks={"best recipe": f"--pooling mean {CONCAT} --para_loss bce --sampler random {FP32}"},
     paper=BERTER_PAPER,
     baseline="Baseline",
-    columns=(*SCORES, "best norm", "Quora positive", "norm with exits", "layers", "stages", *COST),
+    columns=(*SCORES, "best norm", "Quora positive", "norm with exits", "layers", "stages", "compute", *COST),
     note="All rows train on equally many examples: SLF spends half of them on stage 1, and Smart Alternating cuts its "
     "part into twelve phases. `paper: norm` is computed from the paper's three scores, because most printed dev "
     "scores (`paper: printed`) do not follow from them. `paper: h:min` is its training time, for bert-base on a "
@@ -413,8 +413,8 @@ ADAPTATIONS = Group(
     question="How do adapters compare with fine-tuning of all parameters (layer-level adaptations, table 1)?",
     baseline="baseline",
     columns=(*SCORES, "best norm", "trained", *COST),
-    note="The paper trained bert-base at a learning rate of 1e-3 for ten epochs. Untrained heads cannot be scored, so "
-    "the plain row has SST alone.",
+    note="The paper trained bert-base at a learning rate of 1e-3 for ten epochs. Here adapters train at 2e-3, their "
+    "default, and all other rows at 1e-4. Untrained heads cannot be scored, so the plain row has SST alone.",
     paper={
         "plain (SST only)": {"sst": 0.319, "para": 0.552, "sts": -0.067},
         "baseline": {"sst": 0.293, "para": 0.586, "sts": -0.047},

@@ -70,7 +70,7 @@ COLUMNS = {
     "oracle's layers": (
         ".2f",
         oracle_layers,
-        "is that number if each row left at its first exit that no other exit beats",
+        "is that number if each row left at its first exit that no other exit beats (at exit 1 if none is right)",
     ),
     "stages": ("", stages, "are those of Smart Alternating, A for the last exit and B for all exits"),
     "compute": (".2f", at("measured/compute"), "counts layer passes (forward 1, backward 2), in epochs of training"),

@@ -6,13 +6,14 @@ import tomllib
 
 import numpy as np
 import pytest
+from scipy.stats import chi2
 
 from errors import InputError
 from lab import findings, labels, numbers, pages
 from lab.findings import NOT_RUN
 from lab.labels import DevRows
 from lab.numbers import Number, Source
-from lab.record import RESULTS
+from lab.record import RESULTS, load_rows, recipes
 from lab.rows import GROUPS, recipe_of
 from tasks import build_tasks
 
@@ -28,9 +29,9 @@ def source_of(rows, recorded=None):
     return Source(lambda group: rows.get(group, {}), recorded or {})
 
 
-def scored(predictions=None, **scores):
+def scored(predictions=None, command="", **scores):
     """A row with these scores, and with predictions if some are given."""
-    return {"last": scores} | ({"measured": {"predictions": predictions}} if predictions else {})
+    return {"last": scores, "command": command} | ({"measured": {"predictions": predictions}} if predictions else {})
 
 
 def claims_file(monkeypatch, tmp_path, claim):
@@ -131,7 +132,7 @@ def test_a_typed_verdict_that_the_numbers_contradict_is_refused(monkeypatch, tmp
     claims_file(monkeypatch, tmp_path, CLAIM)
     line = findings.render(source_of(rows)).splitlines()[-1]
     decides = ": seeds" if verdict == "not decided here" else ""
-    decides = ": core" if not a else decides
+    decides = ": rows of core" if not a else decides
     measured = f"A minus B {a - 0.5:+.3f} ± .014. (core)".replace("0.", ".") if a else ""
     assert line == f"| 1 | A beats B. | {measured} | **{verdict}**{decides} |"
     lines = findings.untyped_verdicts(source_of(rows))
@@ -174,11 +175,32 @@ def test_a_number_is_the_mean_over_seeds():
     assert Source(rows.get, {}).number(["core", "norm", "A"]).value == pytest.approx(0.75)
 
 
-def test_an_interval_uses_the_noise_of_the_groups_own_seeds():
-    """The seeds .6 and .8 of two recipes vary by .141 (two degrees of freedom: t = 4.303), two seeds a side."""
+def test_the_means_of_several_seeds_have_less_noise():
     rows = {f"{name}, seed {seed}": scored(norm=norm) for name in "AB" for seed, norm in ((1, 0.6), (2, 0.8))}
     number = source_of({"core": rows}).number(["core", "norm", "A", "-", "B"])
-    assert (number.value, number.half) == (pytest.approx(0), pytest.approx(4.303 * 0.02**0.5, rel=1e-3))
+    assert (number.value, number.half) == (pytest.approx(0), pytest.approx(1.96 * 0.005))
+
+
+def test_one_task_after_another_has_more_noise():
+    """Variances of .02 and .005, one seed a side; the last --sampler counts."""
+    sequential = "multitask_classifier.py --sampler random --sampler sequential"
+    rows = {"A": scored(command=sequential, norm=0.6), "B": scored(command="--sampler random", norm=0.6)}
+    half = source_of({"core": rows}).number(["core", "norm", "A", "-", "B"]).half
+    assert half == pytest.approx(1.96 * (0.02**2 + 0.005**2) ** 0.5)
+
+
+@pytest.mark.parametrize("score", ["norm", "sst", "para", "sts"])
+def test_the_recorded_seeds_do_not_vary_more_than_stated(score):
+    """By a chi-squared test of each kind of row: squared deviations over the stated variances."""
+    squares, freedom = {}, {}
+    for group in GROUPS:
+        for seeds in recipes(load_rows(group)).values():
+            values = [row["last"].get(score) for row in seeds]
+            if len(seeds) > 1 and None not in values:
+                noise = numbers.seed_noise(group, score, seeds[0])
+                squares[noise] = squares.get(noise, 0) + len(values) * np.var(values) / noise**2
+                freedom[noise] = freedom.get(noise, 0) + len(values) - 1
+    assert len(squares) > 1 and all(squares[noise] < chi2.ppf(0.99, freedom[noise]) for noise in squares)
 
 
 def test_a_short_group_has_more_noise():
