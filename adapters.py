@@ -245,13 +245,13 @@ class Adapters(nn.Module):
         # The method, not the module: assigning the module would register its parameters a second time, under bert.
         bert.adapters = self.forward
 
-    def forward(self, layer_index, task, h, extended_mask):
+    def forward(self, layer_index, task_name, h, extended_mask):
         """Return the function adapt(site, output) of one layer for a task.
 
         Shapes: h [b,s,d], extended_mask [b,1,1,s].
         """
-        sites = self.layers[layer_index][task]
-        context = Context(h, extended_mask, self.shared[task] if len(self.shared) else None)
+        sites = self.layers[layer_index][task_name]
+        context = Context(h, extended_mask, self.shared[task_name] if len(self.shared) else None)
 
         def adapt(site, output):
             # a site without adapters returns its output as it is

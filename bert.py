@@ -148,7 +148,7 @@ class BertModel(BertPreTrainedModel):
     """BERT without a task: embeddings, layers and pooler.
 
     `attention` is "plain" (written out) or "sdpa" (PyTorch's fused kernel). `adapters` is None or a function:
-    adapters(layer_index, task, h, extended_mask) returns the `adapt` of one layer (see BertLayer).
+    adapters(layer_index, task_name, h, extended_mask) returns the `adapt` of one layer (see BertLayer).
 
     Source: Devlin et al. (2019), section 3.
     """
@@ -197,19 +197,19 @@ class BertModel(BertPreTrainedModel):
         # 1 becomes 0 and 0 becomes MASKED_SCORE; the two new dimensions stand for all heads and all queries
         return (1.0 - mask[:, None, None, :].to(dtype)) * MASKED_SCORE
 
-    def encode(self, h, mask, task=None, start=0, stop=None):
+    def encode(self, h, mask, task_name=None, start=0, stop=None):
         """Run layers start + 1 .. stop (by default all), yielding (i, h) after layer i.
 
-        A generator, so that the caller can read the states between the layers (early exit). `task` selects the
-        adapters; without a task the layers are plain.
+        A generator, so that the caller can read the states between the layers (early exit). `task_name` selects the
+        adapters; without it the layers are plain.
 
         Shapes: h [b,s,d], mask [b,s]; yields h [b,s,d].
         """
         extended_mask = self.extend_mask(mask, h.dtype)
         for layer_index in range(start, self.config.num_hidden_layers if stop is None else stop):
             adapt = unchanged
-            if self.adapters is not None and task is not None:
-                adapt = self.adapters(layer_index, task, h, extended_mask)
+            if self.adapters is not None and task_name is not None:
+                adapt = self.adapters(layer_index, task_name, h, extended_mask)
             h = self.bert_layers[layer_index](h, extended_mask, adapt)
             yield layer_index + 1, h
 

@@ -344,7 +344,7 @@ def test_adapter_sees_each_site_and_replaces_its_output():
 
     model.adapters = adapters
     layer = model.bert_layers[1]
-    adapted = dict(model.encode(h, mask, task="sst", start=1))[2]
+    adapted = dict(model.encode(h, mask, task_name="sst", start=1))[2]
     assert layers == [(1, "sst")] and sites == SITES
     assert torch.equal(adapted, 2 * layer.out_layer_norm(layer.attention_layer_norm(h)))
 
