@@ -110,13 +110,9 @@ def flags_cell(group, name):
 
 
 def comparable_differences(group, source):
-    """The norm of each recipe minus its baseline's, {recipe: Number}; a run of other tasks has another norm."""
-    ours, result = recipes(source.load(group)), {}
-    for name, words in against_baseline(group).items():
-        number = source.number(words)
-        if number and set(ours[name][0]["last"]) == set(ours[words[4]][0]["last"]):
-            result[name] = number
-    return result
+    """The norm of each recipe minus its baseline's, {recipe: Number}."""
+    numbers = {name: source.number(words) for name, words in against_baseline(group).items()}
+    return {name: number for name, number in numbers.items() if number}
 
 
 def table(group, source):
