@@ -40,7 +40,8 @@ def attend_plain(query, key, value, extended_mask, dropout):
     # turn bf16 scores into slow float32.
     scores = scores + extended_mask.to(scores.dtype)  # [b,h,s,s] + [b,1,1,s]
     # The softmax runs over the keys: the weights of one query sum to 1.
-    weights = dropout(torch.softmax(scores, dim=-1))  # [b,h,s,s]
+    # In the scores' dtype: autocast on a GPU would turn bf16 into float32 here.
+    weights = dropout(torch.softmax(scores, dim=-1, dtype=scores.dtype))  # [b,h,s,s]
     return weights @ value  # [b,h,s,s] @ [b,h,s,k] -> [b,h,s,k]
 
 

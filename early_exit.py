@@ -225,7 +225,8 @@ def cut(batch, part):
     """Cut some rows out of a batch, without the columns that are padding in all of them. Shapes: p rows, c columns."""
     segments = []
     for ids, mask, segment_ids in batch.segments:
-        used = mask[part].any(0)  # [s]: columns with a token of some row
+        # [c], columns with a token of some row, as positions: a GPU has to be waited for at each index of booleans
+        used = mask[part].any(0).nonzero().squeeze(-1)
         segments.append((ids[part, used], mask[part, used], segment_ids[part, used]))  # three times [p,c]
     return replace(batch, segments=tuple(segments), labels=None, ids=batch.ids[part])
 
@@ -249,7 +250,7 @@ class Unfinished:
 
     def read(self, part):
         """The hidden states (None before layer 1) and masks of p rows, and the columns kept. Shapes: c of s columns."""
-        used = tuple(mask[part].any(0) for mask in self.masks)  # [s]: columns with a token of some row
+        used = tuple(mask[part].any(0).nonzero().squeeze(-1) for mask in self.masks)  # [c]: columns with a token
         masks = tuple(mask[part, columns] for mask, columns in zip(self.masks, used, strict=True))  # [p,c]
         hidden = tuple(h[part, columns] for h, columns in zip(self.hidden, used, strict=True)) if self.hidden else None
         return hidden, masks, used
@@ -305,8 +306,9 @@ class ExitInference:
                     hidden = model.embed(cut(batch, part))  # [p,c,d]: `cut` leaves out the columns that `read` does
                 [(_, hidden)] = model.encode(hidden, masks, batch.task, i - 1, i)  # layer i alone
                 logits, leaves = self.run_exit(model, i, hidden, masks, batch.task)
-                rows = unfinished.rows[part][leaves]  # a boolean index copies, so `keep` cannot overwrite these
-                left.append((rows, logits[leaves], torch.full_like(rows, i)))
+                leaving = leaves.nonzero().squeeze(-1)
+                rows = unfinished.rows[part][leaving]  # an index copies, so `keep` cannot overwrite these
+                left.append((rows, logits[leaving], torch.full_like(rows, i)))
                 if i < model.depth:
                     unfinished.keep(part, (~leaves).nonzero().squeeze(-1), hidden, used)
         rows, outputs, layers = (torch.cat(pieces) for pieces in zip(*left, strict=True))

@@ -95,7 +95,7 @@ def run_batches(model, data, rows, function, batch_size, autocast, show_bar):
     order = np.argsort(-data.lengths()[rows], kind="stable")  # [n]
     back = np.argsort(order)  # the inverse permutation: result back[i] belongs to row i
     starts = deal(range(0, len(rows), batch_size))
-    # one autocast context for all batches casts the weights once (under inference_mode it would in every batch)
+    # one autocast context for all batches casts each weight once, unless it is frozen (and not under inference_mode)
     with autocast():
         for start in tqdm(starts, f"predict {data.task.name}", disable=not show_bar, leave=False):
             batch = data.batch(rows[order[start : start + batch_size]]).to(device)

@@ -203,7 +203,8 @@ def predict_texts(model, name, *segments):
     """Logits of a task for raw (input_ids, attention_mask) segments. Shapes: [b,s] -> [b,o]."""
     task, ids = model.tasks[name], segments[0][0]
     if task.encoding == "concat":
-        rows = []
+        # read row by row, so on the CPU
+        segments, rows = [[x.cpu() for x in segment] for segment in segments], []
         for ids_a, mask_a, ids_b, mask_b in zip(*segments[0], *segments[1], strict=True):
             a, b = ids_a[mask_a.bool()].tolist(), ids_b[mask_b.bool()].tolist()
             # without their [CLS] (first) and [SEP] (last), then joined: no padding between the texts

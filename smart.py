@@ -27,7 +27,6 @@ from dataclasses import replace
 import torch
 
 from base_bert import dropout_state
-from datasets import to_device
 from errors import InputError
 from methods import LossTerm, Method, among_tasks, at_least_zero, belongs, positive
 from parallel import every_process
@@ -137,9 +136,9 @@ class NoiseTerm(SmoothnessTerm):
         positions, rows = batch.share or (slice(None), len(hidden[0]))
         noise = []
         for h, mask in zip(hidden, masks, strict=True):
-            device = self.generator.device  # the CPU: the same numbers on every machine
+            device = self.generator.device  # CUDA if the model is there, otherwise the CPU
             x = torch.randn(rows, *h.shape[1:], dtype=h.dtype, generator=self.generator, device=device)
-            noise.append(to_device(x[positions], h.device) * mask.unsqueeze(-1))  # [b,s,d] * [b,s,1]
+            noise.append(x[positions].to(h.device) * mask.unsqueeze(-1))  # [b,s,d] * [b,s,1]
         return tuple(noise)
 
 
@@ -293,8 +292,8 @@ class Bregman(SmoothnessTerm):
         """
         decay = EARLY_DECAY if progress < EARLY else LATE_DECAY
         parameters = dict(model.named_parameters())
-        for name, parameter in self.teacher.items():
-            parameter.lerp_(parameters[name], 1 - decay)  # in place: beta theta_t + (1 - beta) theta
+        # in place, all parameters at once: beta theta_t + (1 - beta) theta
+        torch._foreach_lerp_(list(self.teacher.values()), [parameters[name] for name in self.teacher], 1 - decay)
 
     def penalty(self, model, batch, outputs, exit_weights):
         """l_s between the student's and the teacher's logits. Shapes: [b]."""

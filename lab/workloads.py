@@ -163,12 +163,16 @@ def write_share(setup, folder, share):
 
 
 def write_sentences(setup, folder, b, s):
-    """Write SST's training file with b sentences of exactly s tokens, of random words that are one token each."""
+    """Write SST's training file with b sentences of s tokens, every second one a quarter shorter, of random words.
+
+    Each word is one token. The padding is needed: without any, transformers would leave out its mask.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     vocab, rng = BertTokenizer.from_pretrained(setup.weights).vocab, make_rng(SEED, "words")
     words, task = [word for word in vocab if word.isascii() and word.islower() and word.isalpha()], build_tasks()["sst"]
     # two of the tokens are [CLS] and [SEP]
-    rows = [(f"id{i}", [" ".join(rng.choice(words, s - 2))], rng.integers(5)) for i in range(b)]
+    sizes = [s - 2 - i % 2 * (s // 4) for i in range(b)]
+    rows = [(f"id{i}", [" ".join(rng.choice(words, size))], rng.integers(5)) for i, size in enumerate(sizes)]
     write_course_file(folder / task.file("train"), task, rows)
 
 

@@ -37,22 +37,22 @@ BUGS = {
     "scores divided by k": ("bert.py", "math.sqrt(query.shape[-1])", "query.shape[-1]", "attention"),
     "softmax over the queries": (
         "bert.py",
-        "torch.softmax(scores, dim=-1)",
-        "torch.softmax(scores, dim=-2)",
+        "torch.softmax(scores, dim=-1, dtype=scores.dtype)",
+        "torch.softmax(scores, dim=-2, dtype=scores.dtype)",
         "attention",
     ),
     "padding is not masked": ("bert.py", "scores + extended_mask.to(scores.dtype)", "scores", "attention"),
     "mask in float32": ("bert.py", "extended_mask.to(scores.dtype)", "extended_mask.float()", "attention"),
     "dropout before the softmax": (
         "bert.py",
-        "dropout(torch.softmax(scores, dim=-1))",
+        "dropout(torch.softmax(scores, dim=-1, dtype=scores.dtype))",
         "torch.softmax(dropout(scores), dim=-1)",
         "attention",
     ),
     "dropout of the values": (
         "bert.py",
-        "dropout(torch.softmax(scores, dim=-1))  # [b,h,s,s]\n    return weights @ value",
-        "torch.softmax(scores, dim=-1)\n    return dropout(weights @ value)",
+        "dropout(torch.softmax(scores, dim=-1, dtype=scores.dtype))  # [b,h,s,s]\n    return weights @ value",
+        "torch.softmax(scores, dim=-1, dtype=scores.dtype)\n    return dropout(weights @ value)",
         "attention",
     ),
     "heads cut without a transpose": (
@@ -437,8 +437,8 @@ BUGS = {
     ),
     "the teacher moves too fast": (
         "smart.py",
-        "lerp_(parameters[name], 1 - decay)",
-        "lerp_(parameters[name], decay)",
+        "for name in self.teacher], 1 - decay)",
+        "for name in self.teacher], decay)",
         "smart",
     ),
     "one decay for all of the training": (

@@ -53,7 +53,7 @@ MAY_IMPORT = {
     "samplers": (),
     "early_exit": ("errors", "methods", "tasks"),
     "slf": ("early_exit", "methods", "tasks"),
-    "smart": ("base_bert", "bert", "datasets", "errors", "methods", "parallel", "tasks"),
+    "smart": ("base_bert", "bert", "errors", "methods", "parallel", "tasks"),
     "adapters": ("errors", "methods"),
     "gradients": ("methods", "parallel"),
     "evaluation": ("errors", "files", "parallel", "tasks", "datasets", "early_exit"),
