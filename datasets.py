@@ -40,15 +40,6 @@ MAX_UNUSABLE = 0.01
 LINES_NAMED = 3
 
 
-def to_device(x, device):
-    """A tensor on a device; None stays None."""
-    # CUDA copies from pinned memory, which the system does not move, while the GPU goes on computing; other devices
-    # cannot do this
-    if x is None:
-        return None
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
-
-
 @dataclass(frozen=True)
 class Batch:
     """Some rows of one task, padded to the longest of them.
@@ -73,9 +64,14 @@ class Batch:
         if device.type == "cpu":
             return self
 
-        segments = tuple(tuple(to_device(x, device) for x in segment) for segment in self.segments)
-        labels, features = to_device(self.labels, device), to_device(self.features, device)
-        return replace(self, segments=segments, labels=labels, features=features)
+        def move(x):
+            if x is None:
+                return None
+            # CUDA copies from pinned memory while the GPU computes; other devices cannot do this
+            return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+        segments = tuple(tuple(move(x) for x in segment) for segment in self.segments)
+        return replace(self, segments=segments, labels=move(self.labels), features=move(self.features))
 
 
 class Ragged:

@@ -211,9 +211,9 @@ def predict_texts(model, name, *segments):
             rows.append(pack(a[1:-1], b[1:-1], a[0], a[-1]))
         packed = [tuple(x.to(ids.device) for x in pad(rows, model.bert.config.pad_token_id))]
     else:
-        # text k has segment id k with embed_concat, 0 otherwise
-        step = int(task.encoding == "embed_concat")
-        packed = [(x, mask, torch.full_like(x, k * step)) for k, (x, mask) in enumerate(segments)]  # [b,s] each
+        # segment ids: 1 for the second text of embed_concat, 0 otherwise
+        second = int(task.encoding == "embed_concat")
+        packed = [(x, mask, torch.full_like(x, k * second)) for k, (x, mask) in enumerate(segments)]  # [b,s] each
     batch = Batch(task, tuple(packed), None, tuple(range(len(ids))))
     return model(batch).logits[model.depth]
 

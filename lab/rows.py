@@ -310,7 +310,7 @@ SLF_ABLATION_ROWS = {
 SLF_ABLATION = Group(
     "--epochs 2 --batch_size 16 --pooling mean --seed 1",
     SLF_ABLATION_ROWS | more_seeds(SLF_ABLATION_ROWS, SLF_ABLATION_ROWS, (2,)),
-    # a quarter of the intended two epochs: CPUs without bf16 need an hour for such a row
+    # a quarter of the intended two epochs, which take a CPU without bf16 about half an hour a row
     scale=0.25,
     question="Is Sequential Layer Focus better than other ways to train layer by layer, at equal compute?",
     baseline="last exit alone",
