@@ -234,8 +234,15 @@ def cut_data(data_dir, target, fraction):
 
 
 def check_place(args):
-    """The place of a check run: cut data, and runs and results in a scratch folder, which starts empty."""
+    """The place of a check run: cut data, and runs and results in a scratch folder, which starts empty.
+
+    Raises: InputError for a folder with other content.
+    """
+    mark = args.scratch / "check-run"
+    if args.scratch.is_dir() and any(args.scratch.iterdir()) and not mark.exists():
+        raise InputError(f"--scratch {args.scratch}: has files that no check run wrote: name a new or an empty folder")
     shutil.rmtree(args.scratch, ignore_errors=True)
+    write_whole(mark, "A check run replaces what is in this folder.\n")
     cut_data(args.data_dir, args.scratch / "data", args.fraction)
     more = ["--epochs", str(args.epochs)] if args.epochs else []
     more += ["--weights", args.weights] if args.weights else []
@@ -294,6 +301,8 @@ def main(argv=None):
     args = make_parser().parse_args(argv)
     if (args.epochs or args.weights) and not args.fraction:
         raise InputError("--epochs and --weights belong to a check run: add --fraction")
+    if args.fraction and (REPORT in args.groups or args.list or args.time or args.collect):
+        raise InputError(f"--fraction: a check run trains: leave out {REPORT}, --list, --time and --collect")
     if REPORT in args.groups:
         return report(RESULTS, args.data_dir)
     place = check_place(args) if args.fraction else Place(args.runs, RESULTS, args.data_dir)

@@ -22,6 +22,8 @@ CLAIMS = Path(__file__).with_name("findings.toml")
 CONFIRMED, REFUTED, UNDECIDED, NOT_RUN = "confirmed", "refuted", "not decided here", "not run"
 # what a condition may call; unlike the built-in functions, these return NaN if a value is NaN
 FUNCTIONS = {"abs": abs, "min": lambda *values: np.min(values), "max": lambda *values: np.max(values)}
+# the first words of a typed sentence, in bold type: they stay where its numbers are missing
+TITLE = r"\*\*.*?\*\*"
 # a number that was not measured: every comparison with it is false
 MISSING = Number(math.nan, "", math.nan)
 
@@ -94,7 +96,10 @@ def render(source):
         parts += [f"## {section['title']}"]
         if "text" in section:
             numbers = read_numbers(section, source)
-            parts.append("\n".join(f"- {text}" for text in fill(section["text"], numbers)[0]) or NOT_RUN)
+            texts = [
+                fill([text], numbers)[0] or [f"{re.match(TITLE, text)[0]}: {NOT_RUN}."] for text in section["text"]
+            ]
+            parts.append("\n".join(f"- {text}" for [text] in texts))
         if "claim" in section:
             cells = [claim_cells(claim, source) for claim in section["claim"]]
             parts.append("\n".join(markdown(["section", "claim", "measured here", "verdict"], cells)))

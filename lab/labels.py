@@ -1,7 +1,8 @@
 """What needs the dev labels, which are not in this repository: computed where the data are, kept in findings.json.
 
     intervals    half of the 95% interval of a difference of two recipes over other dev rows, by paired bootstrap
-    errors       dev rows that leave early and are wrong, and pairs on which two encodings disagree, as shares and means
+    errors       dev rows that leave early and are wrong, and pairs on which two encodings disagree, as shares and
+                 means; what leaving early costs
 
 A digest of the predictions stands beside each result: it counts as long as the rows have the same predictions.
 No text and no label is recorded.
@@ -101,6 +102,15 @@ def leaving_errors(task, dev, row):
     return result | {"saved at the end": float(saved.mean()) if early.any() else 0.0}
 
 
+def exit_cost(tasks, dev, row):
+    """The norm of a model's exits minus that of its last layer, and half of the 95% interval over other dev rows."""
+    sides = [
+        {t.name: predicted(row, t, dev[t.name], kind)[:, None] for t in tasks} for kind in ("left_values", "values")
+    ]
+    result = compare(*sides, {name: rows.labels for name, rows in dev.items()}, samples=RESAMPLES)
+    return {"difference": round(result["difference"], 5), "half": round((result["high"] - result["low"]) / 2, 5)}
+
+
 def encoding_errors(task, dev, rows):
     """Rows on which two models disagree, and how often the first one is then nearer to the label."""
     first, second = (predicted(row, task, dev) for row in rows)
@@ -170,5 +180,7 @@ def record(source, described, errors_of, data_dir):
             for task in tasks.values()
             if all(task.name in row["measured"]["predictions"] for row in rows)
         }
+        if len(rows) == 1:
+            by_task["cost"] = source.errors().get(name, {}).get("cost") or exit_cost(tasks.values(), dev, *rows)
         errors[name] = {"of": of, "digest": digest(*sides)} | by_task
     return {"intervals": intervals, "errors": errors}

@@ -6,7 +6,7 @@ numbers, and a number is a list:
     [group, key, recipe]                 a number of one recipe: the mean over its seeds
     [group, key, recipe, "-", recipe]    the difference of two recipes
     [group, key, recipe, "/", recipe]    their quotient
-    ["errors", key]                      a number of the error analysis (labels.py)
+    ["errors", key]                      a number of the error analysis, or a difference in it (labels.py)
     [[...], [...]]                       the first of these that is recorded
 
 A key is `norm`, a task, or a path into the row ("exits/threshold", "phases/0/norm"). If a number is not recorded, its
@@ -151,6 +151,9 @@ class Source:
             return next(filter(None, map(self.number, words)), None)
         if words[0] == "errors" and len(words) == 2:
             value = follow(self.errors(), words[1])
+            if isinstance(value, dict):
+                group = self.recorded["errors"][words[1].partition("/")[0]]["of"][0]
+                return Number(value["difference"], group, value["half"], True)
             return None if value is None else Number(value, "errors")
         if len(words) not in (3, 5) or words[3:4] not in ([], ["-"], ["/"]):
             raise InputError(f"{words}: give [group, key, row] or [group, key, row, '-' or '/', row]")

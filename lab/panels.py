@@ -5,7 +5,7 @@ A function leaves out what was not run. Without anything to draw it returns no p
 
 from statistics import mean, stdev
 
-from lab.numbers import seed_noise
+from lab.numbers import NORMAL_95, seed_noise
 from lab.record import recipes
 from lab.rows import BERTER_PAPER
 from tasks import build_tasks
@@ -147,7 +147,8 @@ def smart_when(rows):
         panel = {"title": AXIS[name], "x": "share of the training", "y": "with SMART minus without"}
         if curves:
             noise = seed_noise("smart-when", name, ours["no SMART"][0])
-            panels.append(panel | {"curves": curves, "band": noise * 2**0.5})
+            # half of the 95% interval of a difference of two runs
+            panels.append(panel | {"curves": curves, "band": NORMAL_95 * noise * 2**0.5})
     return panels
 
 
@@ -230,19 +231,20 @@ def smarter(rows):
 
 
 def adaptations(rows):
-    """The norm over the training, and at its end with the number of trained parameters."""
-    curves, dots = {}, {}
+    """Each task's score over the training, and the norm at its end with the number of trained parameters."""
+    curves, dots = {"sst": {}, "para": {}, "sts": {}}, {}
     for k, (name, row) in enumerate(rows.items()):
-        y = [phase["norm"] for phase in row["phases"]]
         if len(row["metrics"]["last"]) == 3:  # a run of one task has another norm
-            curves[name] = {"x": [(i + 1) / len(y) for i in range(len(y))], "y": y, "style": k - 1}
+            for task, lines in curves.items():
+                y = [phase[task] for phase in row["phases"]]
+                lines[name] = {"x": [(i + 1) / len(y) for i in range(len(y))], "y": y, "style": k - 1}
             trained = row["measured"]["trained"] / 1e6 if row["measured"] else None
             point = spread([row["last"]["norm"]], seed_noise("adaptations", "norm", row))
             dots[f"{name} ({trained:.2f} M)" if trained else name] = [point]
     dots = dict(sorted(dots.items(), key=lambda item: -item[1][0][0]))
     return drop_empty(
         [
-            {"title": "dev score over the training", "x": "share of the training", "y": "norm", "curves": curves},
+            *({"title": AXIS[t], "x": "share of the training", "curves": lines} for t, lines in curves.items()),
             {"title": "last score (millions of trained parameters)", "x": "norm", "dots": dots, "series": ["_norm"]},
         ]
     )
@@ -272,7 +274,7 @@ TITLES = {
     "exit-thresholds": "Early exit: dev score against layers",
     "slf-ablation": f"Training layer by layer, at equal compute ({BARS})",
     "embedding-order": f"Pair encodings: mean or [CLS] pooling ({BARS})",
-    "smart-when": "What SMART adds to the dev score; the legend names its tasks (grey: noise of one seed)",
+    "smart-when": "What SMART adds to the dev score; the legend names its tasks (grey: 95% of mere noise)",
     "berter-figures": f"BERTer's figures, after a quarter of an epoch except figure 1 ({BARS})",
     "smarter": "SMARTer BERT's figures",
     "adaptations": f"Layer-level adaptations: dev score and trained parameters ({BARS})",

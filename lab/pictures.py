@@ -10,6 +10,7 @@ import math
 from matplotlib.figure import Figure
 
 from files import write_whole
+from tasks import TASKS
 
 # colours of different lightness (Okabe and Ito), line styles and markers
 STYLES = (
@@ -70,6 +71,8 @@ def draw_dots(axes, panel):
         color, _, marker = STYLES[s]
         if points:
             rows, values, errors = zip(*points, strict=True)
+            # a little lower for each series, so that bars do not cover each other
+            rows = [row + 0.2 * (s - (len(panel["series"]) - 1) / 2) for row in rows]
             bars = [error or math.nan for error in errors]
             options = {"color": color, "linestyle": "", "marker": marker, "markersize": 6, "capsize": 3}
             if s:  # a hollow marker does not hide the one below
@@ -89,8 +92,8 @@ def draw(path, panels, title):
     columns = 1 if any(panel.get("wide") for panel in panels) else 2
     columns = min(columns, len(panels))
     lines = [panels[k : k + columns] for k in range(0, len(panels), columns)]
-    # a line of dots needs .27 inches; curves need 2.9
-    heights = [max(0.9 + 0.27 * len(one["dots"]) if "dots" in one else 2.9 for one in line) for line in lines]
+    # a line of dots needs .34 inches; curves need 2.9
+    heights = [max(0.9 + 0.34 * len(one["dots"]) if "dots" in one else 2.9 for one in line) for line in lines]
     figure = Figure(figsize=(INCHES, sum(heights) + 0.7), layout="constrained", dpi=DPI)
     grid = list(figure.subplots(len(lines), columns, squeeze=False, gridspec_kw={"height_ratios": heights}).flat)
     handles = {}
@@ -111,7 +114,7 @@ def draw_sweep(path, results):
     """Draw the sweep of results/exits.md from its CSV: sweep.png for each task and all, sweep-norm.png for all."""
     with open(path, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    panels = []
+    panels, titles = [], {name: task.title for name, task in TASKS.items()} | {"all": "all tasks"}
     for name in dict.fromkeys(row["task"] for row in rows):
         mine = [row for row in rows if row["task"] == name]
         for x, read in (
@@ -126,7 +129,6 @@ def draw_sweep(path, results):
             ):
                 points = sorted((read(row), float(row["score"])) for row in mine if chosen(row["setting"]))
                 curves[label] = {"x": [p[0] for p in points], "y": [p[1] for p in points], "points": len(points) == 1}
-            task = "all tasks" if name == "all" else name
-            panels.append({"title": task, "x": x, "y": mine[0]["metric"], "curves": curves})
+            panels.append({"title": titles[name], "x": x, "y": mine[0]["metric"], "curves": curves})
     draw(results / "sweep.png", panels, "Early exit: dev score against layers and time")
     draw(results / "sweep-norm.png", panels[-2:], "Early exit: dev score against layers and time")

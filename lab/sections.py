@@ -98,7 +98,8 @@ def time_table(rows):
         lines.append([setting, f"{norm:.3f}", f"{layers:.2f}", f"{mean(times):.2f}", f"{share:.2f}"])
     head = ["threshold for all tasks", "norm", "layers", "ms per example", "share of full depth's"]
     title = "### Time, measured alone on the machine (auto: chosen thresholds; mean over the timed runs)"
-    return [title, "", *(markdown(head, lines) if lines else ["Not run."]), ""]
+    missing = "Not run: it needs the saved models on an idle machine."
+    return [title, "", *(markdown(head, lines) if lines else [missing]), ""]
 
 
 def exits_section(rows):
@@ -122,21 +123,27 @@ def exits_section(rows):
             means = [mean(p[side] for p in one[task]) for task in tasks for side in (0, 1)]
             lines.append([setting.replace("1.01", "never"), *(f"{value:.3f}" for value in means)])
         parts += [f"### {baseline}: {title}", "", *markdown(head, lines), ""] if lines else []
-    return [*parts, *time_table(rows)] if rows else []
+    return [*parts, *time_table(rows), *confusion_table(rows)] if rows else []
 
 
 # --- confusion and ensemble ---------------------------------------------------------------------------------------
 
 
+def confusion_table(rows):
+    """The confusion matrix of the last row that has one. Source: SMARTer BERT, figure 2."""
+    with_classes = [row for row in rows.values() if "confusion" in row["metrics"]["best"].get("sst", {})]
+    if not with_classes:
+        return []
+    names, row = build_tasks()["sst"].label_names, with_classes[-1]
+    counts = row["metrics"]["best"]["sst"]["confusion"]
+    lines = [[gold, *map(str, line)] for gold, line in zip(names, counts, strict=True)]
+    title = f"### SST rows of dev by label and prediction: {row['name']}"
+    return [title, "", *markdown(["label", *(f"predicted {name}" for name in names)], lines), ""]
+
+
 def score_section(rows):
-    """The confusion matrix of the last row with one, and the ensemble's comparisons."""
-    parts, with_classes = [], [row for row in rows.values() if "confusion" in row["metrics"]["best"].get("sst", {})]
-    if with_classes:
-        names = build_tasks()["sst"].label_names
-        counts = with_classes[-1]["metrics"]["best"]["sst"]["confusion"]
-        lines = [[gold, *map(str, line)] for gold, line in zip(names, counts, strict=True)]
-        title = f"### SST rows of dev by label and prediction: {with_classes[-1]['name']}"
-        parts += [title, "", *markdown(["label", *(f"predicted {name}" for name in names)], lines), ""]
+    """The confusion matrix, and the ensemble's comparisons."""
+    parts = confusion_table(rows)
     for row in rows.values():
         against = (row.get("measured") or {}).get("against") or {}
         lines = [comparison_cells(name, result) for name, result in against.items()]

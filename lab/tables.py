@@ -79,7 +79,7 @@ COLUMNS = {
     "eval s": (".0f", at("eval_seconds"), ""),
     "MiB": (".0f", at("peak_mib"), "is the largest memory of the process"),
 }
-PAPER_COLUMNS = ("sst", "para", "sts", "norm", "printed", "h:min")
+PAPER_COLUMNS = ("sst", "cfimdb", "para", "sts", "norm", "printed", "h:min")
 DIFFERENCE = (
     "`difference` is the norm minus that of the baseline ({baseline}), ± half of a 95% interval, which covers other "
     "seeds and, where report had the dev labels, other dev rows. "

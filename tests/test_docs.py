@@ -5,9 +5,12 @@ import re
 from contextlib import chdir, redirect_stdout
 from io import StringIO
 
+import numpy as np
 import pytest
 import torch
 from test_structure import README, ROOT, check_command, commands
+
+from lab.record import load_rows, recipes
 
 PAGES = ("DISTRIBUTED.md", *(f"results/{path.name}" for path in sorted((ROOT / "results").glob("*.md"))))
 PAGES_WITH_LINKS = [page for page in PAGES if "](" in (ROOT / page).read_text()]
@@ -20,6 +23,30 @@ def test_readme_is_short():
 
 def test_readme_has_no_placeholder_left():
     assert re.findall(r"@@.*?@@", README.read_text()) == []
+
+
+# the lines of README's table of scores, in their order
+README_ROWS = (
+    ("core", "pretrain (BERT frozen)"),
+    ("core", "[CLS]"),
+    ("core", "mean pooling"),
+    ("core", "Bregman for SST and STS"),
+    ("core", "transformers"),
+    ("exits", "SLF + early exit"),
+    ("exits", "early exit, mean pooling"),
+)
+
+
+def test_the_scores_in_the_readme_are_the_recorded_ones():
+    table = README.read_text().partition("| norm | minutes | GiB |")[2].partition("\n\n")[0].splitlines()[3:]
+    for line, (group, recipe) in zip(table, README_ROWS, strict=True):
+        runs = recipes(load_rows(group))[recipe]
+        scores = [f"{np.mean([row['last'][key] for row in runs]):.3f}" for key in ("sst", "para", "sts", "norm")]
+        seconds = [row["train_seconds"] for row in runs]
+        minutes = sorted({f"{bound / 60:.{0 if bound > 60 else 1}f}" for bound in (min(seconds), max(seconds))})
+        gib = np.mean([row["peak_mib"] for row in runs if row["peak_mib"]]) / 1024
+        cells = [f"{len(runs)}", *(score.lstrip("0") for score in scores), "–".join(minutes), f"{gib:.1f}"]
+        assert [cell.strip() for cell in line.split("|")[2:-1]] == cells, recipe
 
 
 def test_names_in_the_paper_to_code_table_exist():

@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -539,6 +540,23 @@ def test_rows_side_by_side_run_on_one_core_each_and_stop_in_time(tmp_path, monke
     monkeypatch.setattr(experiments.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=130))
     with pytest.raises(InputError, match="interrupted"):
         experiments.run_rows(rows, Place(tmp_path, tmp_path), 2, 1.0)
+
+
+@pytest.mark.parametrize("words", [["report"], ["core", "--list"], ["core", "--time"], ["core", "--collect"]])
+def test_a_check_run_trains(words):
+    with pytest.raises(InputError, match="a check run trains"):
+        experiments.main([*words, "--fraction", "0.1"])
+
+
+def test_a_check_run_keeps_the_files_of_a_folder_that_it_did_not_make(tmp_path, program):
+    command = ["methods", "--fraction", "0.5", "--data_dir", str(program.data), "--scratch", str(tmp_path)]
+    (tmp_path / "mine").write_text("mine")
+    with pytest.raises(InputError, match="has files that no check run wrote"):
+        experiments.main(command)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+    (tmp_path / "check-run").touch()
+    place = experiments.check_place(experiments.make_parser().parse_args(command))
+    assert not (tmp_path / "mine").exists() and list(Path(place.data_dir).iterdir())
 
 
 def test_flags_of_a_check_run_need_a_fraction():

@@ -1,5 +1,6 @@
 """FINDINGS.md: every number in a sentence is defined, a verdict agrees with its numbers, missing rows are no error."""
 
+import csv
 import json
 import re
 import tomllib
@@ -320,7 +321,8 @@ def test_what_is_recorded_from_the_sample(monkeypatch, tmp_path):
             swapped = np.where(rng.random(len(gold)) < noise, rng.permutation(gold), gold)
             values = swapped.tolist() if task.is_regression else "".join(f"{label:.0f}" for label in swapped)
             left = "".join(rng.choice(list("16"), len(gold)))
-            predictions[task.name] = {"values": values, "left": left, "left_values": values}
+            worse = values[::-1]
+            predictions[task.name] = {"values": values, "left": left, "left_values": worse}
         rows[name] = scored(predictions, norm=0.5 - noise)
         rows[name]["measured"]["exits"] = {"layer_scores": {task: [0] * 6 for task in tasks}}
     claims_file(monkeypatch, tmp_path, CLAIM + '[errors]\nleaving = ["core", "A"]\nencodings = ["core", "A", "B"]')
@@ -328,7 +330,9 @@ def test_what_is_recorded_from_the_sample(monkeypatch, tmp_path):
     interval = result["intervals"]["core | norm | A | - | B"]
     assert 0 < interval["half"] < 0.3 and interval["digest"] == numbers.digest([rows["A"]], [rows["B"]])
     assert set(result["errors"]) == {"leaving", "encodings"}
-    assert set(result["errors"]["leaving"]) == {"of", "digest", *tasks}
+    assert set(result["errors"]["leaving"]) == {"of", "digest", "cost", *tasks}
+    cost = source_of({"core": rows}, result).number(["errors", "leaving/cost"])
+    assert cost.is_difference and cost.group == "core" and cost.high < 0 < cost.half
     assert 0.2 < result["errors"]["encodings"]["sst"]["differ"]["share"] < 0.6
     monkeypatch.setattr(labels, "compare", None)
     again = labels.record(source_of({"core": rows}, result), *findings.described_numbers(), folder)
@@ -336,3 +340,16 @@ def test_what_is_recorded_from_the_sample(monkeypatch, tmp_path):
     assert source_of({"core": rows}, result).number(["errors", "encodings/sts/differ/share"]).value > 0
     rows["B"]["measured"]["predictions"]["sst"]["values"] = "0"
     assert source_of({"core": rows}, result).number(["errors", "encodings/sts/differ/share"]) is None
+
+
+def test_the_words_of_sst_are_counted_right():
+    """The one measured number of FINDINGS.md that is typed: rows of the training file that contain a word."""
+    path = RESULTS.parent.parent / "shared" / "data" / "ids-sst-train.csv"
+    if not path.exists():
+        pytest.skip("needs the course's data")
+    with open(path, newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file, delimiter="\t"))
+    texts = [row["sentence"].lower().split() for row in rows if float(row["sentiment"]) == 3]
+    claim = next(claim for claim in CLAIMS if '"great"' in claim["claim"])
+    assert f"of {len(texts):,} rows" in claim["claim"]
+    assert claim["measured"] == [f"{sum('great' in words for words in texts)} do."]
