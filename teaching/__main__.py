@@ -1,9 +1,9 @@
-"""The command line of the course: python -m teaching starter | grade | handout | notebook | expected."""
+"""The command line of the course: python -m teaching starter | grade | grade-all | handout | notebook | expected."""
 
 from errors import Parser, run_script
 from methods import positive_int, seed
 
-from .grade import PUBLIC_SEED, SECONDS, grade
+from .grade import PUBLIC_SEED, SECONDS, grade, grade_all
 from .handout import write_handout
 from .notebook import write_notebook
 from .parts import PARTS
@@ -19,10 +19,14 @@ def make_parser():
     starter.add_argument("out", help="the new folder")
     sandbox = "The limits of the process that runs a student's functions are no sandbox against malice."
     grading = commands.add_parser("grade", help="print the points of a copy, and what to look at", epilog=sandbox)
-    grading.add_argument("submission", help="the folder with the student's .py files")
-    grading.add_argument("part", nargs="*", choices=[[], *PARTS], help=f"of {', '.join(PARTS)}; default: all")
-    grading.add_argument("--seed", type=seed, default=PUBLIC_SEED, help="draws other models, vocabularies and shapes")
-    grading.add_argument("--time", type=positive_int, default=SECONDS, help="seconds for each part")
+    grading.add_argument("submission", help="the folder or the zip with the student's .py files")
+    every = commands.add_parser("grade-all", help="grade a class: a report for each, and a table", epilog=sandbox)
+    every.add_argument("submissions", help="the folder with a folder or a zip for each student")
+    every.add_argument("out", help="the new folder for the reports and grades.csv")
+    for command in (grading, every):
+        command.add_argument("part", nargs="*", choices=[[], *PARTS], help=f"of {', '.join(PARTS)}; default: all")
+        command.add_argument("--seed", type=seed, default=PUBLIC_SEED, help="draws other models and shapes")
+        command.add_argument("--time", type=positive_int, default=SECONDS, help="seconds for each part")
     grading.add_argument("--results", help="also write Gradescope's results.json to this file")
     handout = commands.add_parser("handout", help="write a page for each part, and a cover page")
     handout.add_argument("out", help="the new folder")
@@ -47,6 +51,8 @@ def main(argv=None):
         write_starter(flags.out, flags.parts)
     elif flags.command == "grade":
         grade(flags.submission, flags.part, flags.seed, flags.time, flags.results)
+    elif flags.command == "grade-all":
+        grade_all(flags.submissions, flags.out, flags.part, flags.seed, flags.time)
     elif flags.command == "handout":
         write_handout(flags.out, flags.parts)
     elif flags.command == "notebook":

@@ -38,6 +38,8 @@ MEMORY = 8 << 30  # bytes of address space; torch alone reserves a few GiB
 
 def to_tensor(value):
     """Turn what a check returned into a tensor; text becomes the bytes of its characters."""
+    if value is None:
+        raise TypeError("the function returned None: is a `return` missing?")
     if isinstance(value, str):
         return torch.tensor(list(value.encode()), dtype=torch.uint8)
     if isinstance(value, torch.Tensor):
@@ -48,6 +50,8 @@ def to_tensor(value):
 def describe(error, folder):
     """Return an error in one line, with the line of the student's function where it happened."""
     sentence = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+    if "NoneType" in sentence:
+        sentence += " (is a `return` missing?)"
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename.startswith(folder)]
     if frames and not isinstance(error, NotImplementedError):
         line = linecache.getline(frames[-1].filename, frames[-1].lineno).strip()
@@ -69,7 +73,7 @@ def run_check(module, name, seed, size, folder):
             try:
                 frame[key] = to_tensor(value() if callable(value) else value)
             except Exception as error:
-                frame.setdefault(ERROR, to_tensor(describe(error, folder)))
+                frame.setdefault(ERROR, to_tensor(f"{key}: {describe(error, folder)}"))
     except Exception as error:
         frame[ERROR] = to_tensor(describe(error, folder))
     return frame

@@ -13,6 +13,7 @@ import ast
 import atexit
 import compileall
 import contextlib
+import csv
 import functools
 import json
 import os
@@ -42,6 +43,7 @@ from .transplant import Refused, transplant
 EXPECTED = Path(__file__).parent / "expected.safetensors"
 PUBLIC_SEED = 0  # the seed of a starter copy
 SECONDS = 30  # limit of a part
+LESS = 10  # limit of the checks that are left after one that did not end
 RELATIVE, ABSOLUTE = 1e-6, 1e-6  # tolerances: the checks compute in float64; a body that rounds to float32 passes
 LARGEST_FRAME = 1 << 26  # bytes
 SHOWN = 24  # numbers of a tensor that the report prints
@@ -268,7 +270,7 @@ def show(tensor):
 
 def explain_error(part, text, hint):
     """Return the report of a check that raised an error. A blank is no mistake, so it needs no hint."""
-    blank = re.match(r"NotImplementedError: part (\w+): write ([\w.]+)", text)
+    blank = re.search(r"NotImplementedError: part (\w+): write ([\w.]+)", text)
     if not blank:
         return f"{text}\n{hint}"
     if blank[1] != part:
@@ -296,16 +298,30 @@ def explain_difference(frame, expected):
     return ""
 
 
-def compare(part, frames, sentence, seed):
-    """Compare the frames of a student with those of the reference: one Result for each check."""
+def run_checks(part, modules, seed, seconds):
+    """Run the checks of a part. A check that ends the process (an endless loop, exit) costs only its own points.
+
+    Returns the frames {(check, size): frame}, and {check: sentence} for the checks that ended the process.
+    """
+    cases, received, lost = cases_of(part, seed), {}, {}
+    while cases:
+        frames, sentence = runner().run(part, modules, cases, seconds)
+        received |= {(check, size): frame for (check, _, size), frame in zip(cases, frames, strict=False)}
+        left = cases[len(frames) :]
+        lost |= {check: sentence for check, _, _ in left[:1]}
+        cases, seconds = [case for case in left if case[0] not in lost], min(seconds, LESS)
+    return received, lost
+
+
+def compare(part, received, lost, seed):
+    """Compare the frames of a student (see run_checks) with those of the reference: one Result for each check."""
     expected, results = reference_results(part, seed), []
-    received = dict(zip([(check, size) for check, _, size in cases_of(part, seed)], frames, strict=False))
     for check in PARTS[part].checks:
         output, hint = "", f"look at {check.hint}"
         for size in range(SIZES):  # the smallest case first: the report shows only the first one that differs
             frame = received.get((check.name, size))
             if frame is None:
-                output = f"no result: {sentence}\n{hint}"
+                output = f"no result: {lost[check.name]}\n{hint}"
             elif difference := explain_difference(frame, expected[check.name, size]):
                 output = f"{difference}\n{hint}"
             elif ERROR in frame:
@@ -325,7 +341,7 @@ def grade_part(part, submission, seed=PUBLIC_SEED, seconds=SECONDS):
         modules, notes = transplant(part, Path(submission), signatures())
     except Refused as refusal:
         return [Result(part, check, f"not graded: {refusal}") for check in PARTS[part].checks]
-    results = compare(part, *runner().run(part, modules, cases_of(part, seed), seconds), seed)
+    results = compare(part, *run_checks(part, modules, seed, seconds), seed)
     # where points are missing, a change that was not taken over may be the reason
     return [
         replace(result, output="\n".join([result.output, *notes])) if result.output else result for result in results
@@ -363,19 +379,67 @@ def gradescope(results):
     return {"score": score, "output": f"{score} of {possible} points", "visibility": "visible", "tests": tests}
 
 
-def grade(submission, parts=(), seed=PUBLIC_SEED, seconds=SECONDS, results_path=None):
-    """Grade the parts of a student's folder and print the report. Returns all results.
+def find_files(submission, scratch):
+    """Return the folder with a student's .py files: of all in a folder or a zip, the one with the shortest path.
 
-    Raises: InputError if there is no such folder.
+    A zip is unpacked in the folder `scratch`. Hidden folders (.venv), what macOS adds to a zip (__MACOSX) and the
+    grader itself are no work of a student.
+    Raises: InputError if there is no such folder or zip.
     """
-    if not Path(submission).is_dir():
-        raise InputError(f"{submission}: no such folder: give the folder with the student's .py files")
+    path = Path(submission)
+    if path.suffix == ".zip":
+        try:
+            shutil.unpack_archive(path, path := Path(scratch))
+        except (OSError, ValueError, shutil.ReadError) as error:
+            raise InputError(f"{submission}: cannot be unpacked ({error}): ask for another one") from None
+    if not path.is_dir():
+        raise InputError(f"{submission}: no such folder: give the folder or the zip with the student's .py files")
+    other, modules = {"__MACOSX", "teaching"}, {module for part in PARTS.values() for module in part.modules}
+    names = [file.relative_to(path) for file in path.rglob("*.py") if file.stem in modules]
+    names = [name for name in names if not (other & set(name.parts) or any(part[0] == "." for part in name.parts))]
+    return path / min(names, key=lambda name: (len(name.parts), name), default=Path("nothing")).parent
+
+
+def grade(submission, parts=(), seed=PUBLIC_SEED, seconds=SECONDS, results_path=None):
+    """Grade the parts of a student's folder or zip and print the report. Returns all results.
+
+    Raises: InputError if there is no such folder or zip.
+    """
     results = []
-    for part in parts or (recorded()["parts"] if EXPECTED.exists() else PARTS):
-        results += (of_part := grade_part(part, submission, seed, seconds))
-        print("\n".join(report(of_part)), flush=True)
+    with tempfile.TemporaryDirectory(prefix="grade-") as scratch:
+        folder = find_files(submission, scratch)
+        for part in parts or (recorded()["parts"] if EXPECTED.exists() else PARTS):
+            results += (of_part := grade_part(part, folder, seed, seconds))
+            print("\n".join(report(of_part)), flush=True)
     points, possible = sum(r.points for r in results), sum(r.check.points for r in results)
     print(f"{'total':<12}{points:>4} of {possible}")
     if results_path:
         Path(results_path).write_text(json.dumps(gradescope(results), indent=2) + "\n", encoding="utf-8")
     return results
+
+
+def grade_all(folder, out, parts=(), seed=PUBLIC_SEED, seconds=SECONDS):
+    """Grade every folder and zip in a folder: NAME.txt in `out` is a student's report, grades.csv has all points.
+
+    Raises: InputError if there is nothing to grade, or if `out` exists.
+    """
+    out, parts = Path(out), list(parts or PARTS)
+    paths = sorted(path for path in Path(folder).glob("[!.]*") if path.is_dir() or path.suffix == ".zip")
+    if not paths:
+        raise InputError(f"{folder}: no folders and no zips of students in it")
+    if out.exists():
+        raise InputError(f"{out} exists: give a new folder")
+    out.mkdir(parents=True)
+    with open(out / "grades.csv", "w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerow(["name", *parts, "total", "note"])
+        for path in paths:
+            results, note = [], ""
+            with open(out / f"{path.stem}.txt", "w", encoding="utf-8") as text, contextlib.redirect_stdout(text):
+                try:
+                    results = grade(path, parts, seed, seconds)
+                except InputError as error:
+                    print(note := str(error))
+            points = [sum(result.points for result in results if result.part == part) for part in parts]
+            table.writerow([path.stem, *points, sum(points), note])
+            print(f"{path.stem}: {note or sum(points)}", flush=True)

@@ -15,7 +15,7 @@ from .handout import write_handout
 from .parts import PARTS
 from .source import ROOT, left_out, remove_bodies
 
-FILES = ("requirements.txt", "setup.sh", "pyproject.toml", "LICENSE", ".gitignore")
+FILES = ("requirements.txt", "setup.sh", "pyproject.toml", "LICENSE", ".gitignore", "report_page.html")
 FOLDERS = ("data/sample", "teaching")
 LEFT_OUT = ("__pycache__", "gradescope", "answers.*", "walkthrough.py")
 README = """# minBERT, to be written

@@ -163,7 +163,8 @@ class Transplant:
         for module in modules:
             first = module.split(".")[0]
             if first not in LIBRARIES and first not in MODULES:
-                self.refuse(where, f"imports {module}, which the grader does not take over")
+                allowed = "torch, numpy, scipy, sklearn and modules like math and itertools"
+                self.refuse(where, f"imports {module}, which the grader does not take over; it takes {allowed}")
         if isinstance(node, ast.ImportFrom) and node.module in MODULES:
             there = top_level(ast.parse((ROOT / f"{node.module}.py").read_text(encoding="utf-8")))
             for alias in node.names:
@@ -291,7 +292,7 @@ def read(folder, module):
     """Return the text of a student's module."""
     path = folder / f"{module}.py"
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")  # some editors on Windows write a mark first
     except FileNotFoundError:
         raise Refused(f"{module}.py is missing") from None
     except (OSError, UnicodeDecodeError) as error:

@@ -4,6 +4,7 @@ A submission is a folder with the modules of the project, of which a test change
 """
 
 import ast
+import csv
 import importlib
 import json
 import os
@@ -470,6 +471,49 @@ def test_mistakes_on_the_command_line(tmp_path):
     assert "no such folder" in refusal(main, ["grade", str(tmp_path / "nothing")])
     assert "invalid choice" in refusal(main, ["grade", ".", "atention"])
     assert make_parser().parse_args(["grade", "."]).part == []
+
+
+def test_a_class_is_graded(submission, tmp_path, capsys):
+    """Folders and zips, the files anywhere inside; a wrong upload costs nobody else the table."""
+    submission.body("gradients.PCGrad.factor", "return 0.0")
+    everybody, out = tmp_path / "class", tmp_path / "out"
+    shutil.copytree(submission.folder, everybody / "ana" / "minbert-main")
+    (everybody / "ana" / "notes.py").touch()
+    shutil.make_archive(everybody / "dai", "zip", ROOT, "gradients.py")
+    (everybody / "eve").mkdir()
+    (everybody / "fay.zip").write_text("no zip")
+    (everybody / ".hidden").mkdir()
+    main(["grade-all", str(everybody), str(out), "gradients", "--seed", str(SEED)])
+    rows = list(csv.reader((out / "grades.csv").read_text().splitlines()))
+    assert [row[:3] for row in rows] == [
+        ["name", "gradients", "total"],
+        ["ana", "2", "2"],
+        ["dai", "4", "4"],
+        ["eve", "0", "0"],
+        ["fay", "0", "0"],
+    ]
+    assert "ask for another one" in rows[4][3] and "fay: " in capsys.readouterr().out
+    assert "look at" in (out / "ana.txt").read_text() and "gradients.py is missing" in (out / "eve.txt").read_text()
+    assert "give a new folder" in refusal(main, ["grade-all", str(everybody), str(out)])
+    assert "no folders and no zips" in refusal(main, ["grade-all", str(everybody / "eve"), str(tmp_path / "new")])
+
+
+def test_an_endless_loop_costs_its_own_check(submission):
+    submission.body("gradients.PCGrad.factor", "while True: pass")
+    results = submission.grade("gradients", seconds=2)
+    outputs = [result.output for result in results]
+    assert [result.points for result in results] == [0, 0, 1, 1], outputs
+    assert all("took longer than 2 seconds" in output for output in outputs[:2])
+
+
+def test_a_missing_return_is_named(submission):
+    submission.body("gradients.PCGrad.factor", "1.0")
+    assert "is a `return` missing?" in submission.grade("gradients")[0].output
+
+
+def test_a_starter_with_its_answers_trains_and_writes_its_page(starter):
+    """What a run reads beside the modules is in the starter too."""
+    assert (starter / "report_page.html").read_bytes() == (ROOT / "report_page.html").read_bytes()
 
 
 def test_a_student_solves_attention_in_a_starter_copy(starter, tmp_path, other_solution):
