@@ -175,7 +175,7 @@ class Inputs:
     hashes: dict  # the hashes of weights and data, as config.json holds them
 
     def record(self, device):
-        """What config.json holds of them, and of the machine."""
+        """What config.json holds of these inputs, and of the machine."""
         return {"flags": self.flags, "command": command_line(), **describe_environment(device), **self.hashes}
 
 

@@ -4,7 +4,8 @@
     python classifier.py --option finetune --lr 1e-5 --use_gpu
 
 Each run is in runs/classifier-OPTION-TASK. The predictions are copied to predictions/OPTION-TASK-dev-out.csv and
--test-out.csv, where the course's prepare_submit.py looks for them. All flags are those of multitask_classifier.py.
+-test-out.csv, where the course's prepare_submit.py looks for them. The flags are those of multitask_classifier.py,
+which also resumes and evaluates these runs.
 
 Source: classifier.py of the CS224N default final project.
 Differs: the two runs take the usual defaults of multitask_classifier.py, and CFIMDB keeps the batch size that is given.

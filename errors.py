@@ -1,4 +1,4 @@
-"""A user's mistake, said in one line, and the one place for what a program prints; every other file may import it."""
+"""User errors in one line, and standard streams that take every character; every other file may import it."""
 
 import argparse
 import io

@@ -1,4 +1,4 @@
-"""Files that are read with one line for every mistake, and files that appear whole or not at all."""
+"""Read files with one-line errors; write files whole or not at all."""
 
 import hashlib
 import json
@@ -70,9 +70,13 @@ def write_whole(path, write):
             out.flush()
             os.fsync(out.fileno())
         os.replace(beside, path)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
+        # after a failed write torch.save raises a RuntimeError of its own
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
         raise InputError(
-            f"{path}: cannot be written ({error.strerror or error}): free some space or choose another folder; "
+            f"{path}: cannot be written ({cause.strerror or cause}): free some space or choose another folder; "
             "what was there before is intact"
         ) from None
     finally:

@@ -5,6 +5,7 @@ its record to that list (METHODS.md).
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 import torch
@@ -71,14 +72,6 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
         return super()._get_help_string(action) if has_default else action.help
 
 
-class Preset(argparse.Action):
-    """Reads the flags that a preset stands for; a flag that is typed after it wins."""
-
-    def __call__(self, parser, namespace, value, option_string=None):
-        setattr(namespace, self.dest, value)
-        parser.parse_args(PRESETS[value].split(), namespace)
-
-
 def make_parser():
     """All flags, in groups. Every method is off by default."""
     parser = Parser(
@@ -111,7 +104,7 @@ def add_course_flags(group):
         "finetune: everything; evaluate: score a saved run",
     )
     stands_for = "; ".join(f"{name} stands for {words}" for name, words in PRESETS.items())
-    group.add_argument("--preset", action=Preset, choices=tuple(PRESETS), help=stands_for)
+    group.add_argument("--preset", choices=tuple(PRESETS), help=stands_for)
     group.add_argument("--use_gpu", action="store_true", help="train on CUDA or Apple's MPS where there is one")
     group.add_argument("--tasks", nargs="+", choices=tuple(TASKS), default=["sst", "para", "sts"], help="what to learn")
     group.add_argument("--epochs", type=positive_int, default=5, help="number of epochs (--epoch_size)")
@@ -208,10 +201,13 @@ def add_output_flags(group):
 
 def parse_flags(argv=None):
     """Read the command line. Returns ({flag: value}, names of the flags that were typed, {flag: default})."""
-    parser = make_parser()
+    parser, argv = make_parser(), sys.argv[1:] if argv is None else argv
     flags = vars(parser.parse_args(argv))
     if flags["preset"]:
         print(f"--preset {flags['preset']}: {PRESETS[flags['preset']]}")
+        # in front, so that what the user typed wins
+        argv = [*PRESETS[flags["preset"]].split(), *argv]
+        flags = vars(parser.parse_args(argv))
     defaults = vars(parser.parse_args([]))
     # without defaults, what the parser reads was typed
     for action in parser._actions:
@@ -244,9 +240,10 @@ def loop_conflicts(flags, typed):
     takes_all = flags["step"] == "all_tasks" or flags["gradients"] != "sum"
     chosen = f"--sampler {flags['sampler']} chooses one task per step: here every step takes all tasks"
     yield "sampler" in typed and takes_all, chosen
-    for entry in flags["outputs"] or ():
-        name, split = entry.partition("=")[0].split("-")
+    for key, _, path in (entry.partition("=") for entry in flags["outputs"] or ()):
+        name, split = key.split("-")
         yield name not in flags["tasks"], f"--{name}_{split}_out: this run has no task {name}: add it to --tasks"
+        yield not path or Path(path).is_dir(), f"--{name}_{split}_out {path}: is no file: give the path of a CSV file"
     siamese = any("siamese" in entry for entry in flags["pairs"])
     yield "siamese_features" in typed and not siamese, "--siamese_features belongs to --pairs siamese"
 
@@ -266,8 +263,7 @@ def recorded_flags(config, folder):
         if config.get("format") != FORMAT:
             recorded = upgrade(recorded)
             # the sizes of the saved tensors follow from this flag, which the parser does not have any more
-            size = recorded.pop("adapter_size", None)
-            flags |= {"adapter_size": positive_int(str(size))} if size is not None else {}
+            flags["adapter_size"] = recorded.pop("adapter_size", None)
     for name, value in recorded.items():
         if name not in flags:
             raise InputError(f"{path}: this run was started with --{name}, which the program does not have now")

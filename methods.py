@@ -40,7 +40,7 @@ class LossTerm(Resumable):
 
 
 def nothing(*arguments):
-    """Return nothing, as a dict or as an empty collection: the default of a slot that a method leaves empty."""
+    """Return {}, the default of a slot that a method leaves empty."""
     return {}
 
 

@@ -419,8 +419,8 @@ def train_run(folder, flags, typed):
                 copy_predictions(folder.path, flags["outputs"])
     except (Interrupted, KeyboardInterrupt):
         if parallel.rank() == 0:
-            status = "is complete" if folder.complete() else f"is saved; continue with --resume --run_dir {folder.path}"
-            print(f"\ninterrupted: the run {status}", file=sys.stderr)
+            hint = f"continue from what is saved with --resume --run_dir {folder.path}"
+            print(f"\ninterrupted: {'the run is complete' if folder.complete() else hint}", file=sys.stderr)
         return 130
 
 

@@ -11,7 +11,7 @@ starts the program twice. Each process has a number (its rank) and a copy of the
 
 So N processes with batches of B/N examples compute what one process does with B. The processes share the batches of
 an evaluation, too; afterwards each of them has all predictions (`gather_batches`). Only process 0 writes and prints.
-In a single process every function here does nothing.
+In a single process nothing is exchanged.
 
 Python values travel through gloo, between the CPUs, so that no process waits for its GPU. Gradients travel through
 NCCL where there are GPUs. Every process must reach the same exchanges in the same order.
@@ -57,7 +57,7 @@ def world_size():
 
 
 def on_first(function):
-    """Make a function that writes: process 0 runs it, the others skip it."""
+    """Decorator for a function that writes: only process 0 runs it."""
 
     @wraps(function)
     def first_only(*args, **kwargs):

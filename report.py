@@ -24,7 +24,7 @@ from early_exit import FOLDS, UNREACHABLE, ExitInference, candidates, cross_fit,
 from evaluation import AtExit, evaluate, mean_norm, predict, predict_exits, write_predictions
 from files import write_whole
 from parallel import progress_bars
-from runs import command_line, memory_mib
+from runs import command_line, damaged, memory_mib
 
 # colours of the tasks, by their position in the run: well apart for colour-blind readers (Okabe and Ito)
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
@@ -137,15 +137,12 @@ def exit_table(all_exits, record):
 
 def describe_run(folder):
     """What was run, and its learning curves: the files of a run folder."""
-    lines = folder.log_path.read_text().splitlines(keepends=True) if folder.log_path.exists() else []
-    return {
-        "title": f"Run {folder.path}",
-        "written_by": command_line(),
-        "run": folder.config(),
-        "summary": folder.read_summary(),
+    with damaged(folder.log_path):
+        lines = folder.log_path.read_text().splitlines(keepends=True) if folder.log_path.exists() else []
         # a killed run may leave half a line
-        "log": [json.loads(line) for line in lines if line.endswith("\n")],
-    }
+        log = [json.loads(line) for line in lines if line.endswith("\n")]
+    about = {"title": f"Run {folder.path}", "written_by": command_line()}
+    return about | {"run": folder.config(), "summary": folder.read_summary(), "log": log}
 
 
 def describe_task(data):
@@ -183,7 +180,9 @@ def rank_mistakes(predictions):
     """
     badness = np.abs(predictions.values - predictions.data.labels[predictions.rows])
     if predictions.probabilities is not None:
-        badness = np.where(badness > 0, predictions.probabilities.max(1), 0.0)
+        # of the predicted class, which a decision threshold may have chosen
+        chosen = predictions.probabilities[np.arange(len(badness)), predictions.values.astype(int)]
+        badness = np.where(badness > 0, chosen, 0.0)
     return badness, np.argsort(-badness, kind="stable")
 
 

@@ -6,6 +6,7 @@
     last.pt            model, optimiser, recorded scores and generator states: what --resume continues from
     predictions/       the course's format and a readable CSV
     summary.json       the closing numbers
+    report.html        the page to look at
 
 A killed run continues from last.pt. The log is cut back to that position, and the rest of it is written again.
 """
@@ -15,6 +16,7 @@ import json
 import os
 import platform
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -52,9 +54,6 @@ LOCK = ".lock"
 FILES = (
     *("config.json", *TOKENIZER_FILES, "log.jsonl", "nan-batch.json", "last.pt"),
     *("best.safetensors", "summary.json", "report.html", "sweep.csv", "sweep.png"),
-    # earlier versions drew pictures
-    *("exits.png", "layer-scores.png"),
-    *(f"confusion-{name}.png" for name in TASKS),
     *(f"predictions/{name}-{split}-output.csv" for name in TASKS for split in ("dev", "test")),
     *(f"predictions/{name}-{split}-readable.csv" for name in TASKS for split in ("dev", "test")),
 )
@@ -113,7 +112,7 @@ def memory_mib(device):
 
 @contextmanager
 def damaged(path):
-    """Turn whatever is wrong with the content of a run's file into one line: the check of all commands that read a run.
+    """Turn whatever is wrong with the content of a run's file into one line.
 
     Raises: InputError.
     """
@@ -181,12 +180,12 @@ class RunFolder:
             # the process that held it removes the file at its end, perhaps since it was opened here
             if not os.path.samestat(os.fstat(lock), os.stat(path)):
                 raise BlockingIOError
-        except (BlockingIOError, FileNotFoundError):
-            holder = os.read(lock, 99).decode() if lock else ""
-            raise InputError(f"{self.path}: {holder or 'another process'} uses this run: wait until it ends") from None
         except OSError as error:
             if lock is None:
                 raise InputError(f"{self.path}: cannot be written ({error.strerror}): choose another folder") from None
+            if isinstance(error, BlockingIOError | FileNotFoundError):
+                holder = os.read(lock, 99).decode() or "another process"
+                raise InputError(f"{self.path}: {holder} uses this run: wait until it ends") from None
             warn(f"{self.path}: no locks here ({error.strerror}): do not start another process on this run")
         try:
             with suppress(OSError):  # a full disk
@@ -225,17 +224,17 @@ class RunFolder:
         """Fail where something is here already that must not be replaced."""
         if not self.path.exists() or (self.path.is_dir() and self.half_made()):
             return
+        if not self.exists():
+            raise InputError(f"{self.path}: exists and is not a run directory: choose another")
         if not overwrite:
             raise InputError(f"{self.path}: exists: --resume continues it, --overwrite replaces it; or choose another")
-        if not self.exists():
-            raise InputError(f"{self.path}: is not a run directory, so --overwrite leaves it alone")
 
     @parallel.on_first
     def create(self, config, weights, overwrite):
         """Start a run here, with its config and the tokenizer files of the weights.
 
-        An old run is removed only when the new run's files are on the disk, its config.json first. The new run's
-        config.json comes last. A kill in between leaves a half-made run, which the next start replaces.
+        Writes the new files to a staging folder, then removes the old run (config.json first), then moves the new
+        files in (config.json last). A kill in between leaves a half-made run, which the next start replaces.
         """
         self.refuse_existing(overwrite)
         self.id, staging = uuid.uuid4().hex, self.path / STAGING
@@ -404,14 +403,14 @@ def check_same_run(config, flags, typed):
     """
     if config.get("format") != FORMAT:
         version = str(config.get("commit", "")).rstrip("+") or "of its time"
-        raise InputError(f"--resume: an earlier version started this run: resume it with that (git checkout {version})")
+        raise InputError(f"--resume: another version started this run: resume it with that (git checkout {version})")
     processes, now = config.get("processes", 1), parallel.world_size()
     if processes != now:
         raise InputError(f"this run was started with {processes} processes, not {now}: resume with as many")
     for name in typed - FREE_FLAGS:
-        # auto was replaced by what it chose
         before = config["flags"].get(name)
-        if flags[name] not in (before, "auto"):
+        # --pooling auto was replaced by what it chose
+        if flags[name] != before and (name, flags[name]) != ("pooling", "auto"):
             before = "the default" if before is None else before
             raise InputError(f"--{name} {flags[name]}: this run has {before}: resume with that, or start another run")
 
@@ -421,7 +420,7 @@ def check_same_files(before, now, paths):
     for name in before | now:
         if before.get(name) != now.get(name):
             found = "is gone" if name not in now else "is new" if name not in before else "has another sha256"
-            raise InputError(f"{paths.get(name, name)}: this file {found}, so the run cannot be resumed")
+            raise InputError(f"{paths.get(name, name)}: this file {found}: give the run's with --data_dir or --weights")
 
 
 def hash_weights(folder):
@@ -433,20 +432,21 @@ def hash_weights(folder):
 
 def command_line():
     """The command as typed."""
-    return " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
 # --- signals and history ------------------------------------------------------------------------------------------
 
 
 class Interrupted(BaseException):
-    """SIGINT or SIGTERM, raised where the state can be saved; only its own handler may catch it."""
+    """One of SignalGuard's signals, raised where the state can be saved; only its own handler may catch it."""
 
 
 class SignalGuard:
-    """Turns SIGINT and SIGTERM into a request that the recorder reads between two steps.
+    """Turns SIGINT, SIGTERM and SIGHUP into a request that the recorder reads between two steps.
 
-    While `immediate` is set (an evaluation changes nothing) a signal interrupts at once. A second signal always does.
+    While `immediate` is set (an evaluation changes nothing) a signal interrupts at once. A second one always does,
+    unsaved.
     """
 
     def __init__(self, immediate=False):
@@ -454,7 +454,9 @@ class SignalGuard:
 
     def __enter__(self):
         self.received = None
-        self.before = {s: signal.signal(s, self.handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        # SIGHUP: a terminal that closes; nohup ignores it, and so does this
+        stops = (signal.SIGINT, signal.SIGTERM, *[signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) != signal.SIG_IGN))
+        self.before = {number: signal.signal(number, self.handle) for number in stops}
         return self
 
     def __exit__(self, *exception):

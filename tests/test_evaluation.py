@@ -493,3 +493,23 @@ def test_files_appear_whole_or_not_at_all(tmp_path, monkeypatch):
         write_whole(path, "new\n")
     assert path.read_text() == "old\n"
     assert [p.name for p in path.parent.iterdir()] == ["file.txt"]
+
+
+def test_a_full_disk_under_torch_save_is_one_line(tmp_path, monkeypatch):
+    """torch.save answers a failed write with an error of its own, which hides the first one."""
+
+    def fail(out):
+        try:
+            raise OSError(28, "No space left on device")
+        except OSError:
+            raise RuntimeError("unexpected pos 64 vs 0")  # noqa: B904
+
+    with pytest.raises(InputError, match="No space left on device"):
+        write_whole(tmp_path / "last.pt", fail)
+
+    def fail_otherwise(out):
+        raise RuntimeError("a mistake")
+
+    with pytest.raises(RuntimeError, match="a mistake"):
+        write_whole(tmp_path / "last.pt", fail_otherwise)
+    assert list(tmp_path.iterdir()) == []

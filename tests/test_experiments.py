@@ -58,6 +58,8 @@ def test_names_have_a_block_a_recipe_and_a_seed():
 
 def test_the_preset_is_the_recipe_of_the_score_table(capsys):
     """A flag after the preset wins; what the preset stands for is printed."""
+    assert parse_flags(["--epochs", "2", "--preset", "best"])[0]["epochs"] == 2  # also one before the preset
+    capsys.readouterr()
     flags, typed, _ = parse_flags(["--preset", "best", "--epochs", "2"])
     recipe = parse_flags(command_of("score", "best recipe, seed 1")[1:])[0]
     assert {"pooling", "bregman", "epochs"} < typed and flags["epochs"] == 2

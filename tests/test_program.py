@@ -538,7 +538,10 @@ PLACES = {
 }
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+STOPS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+
+
+@pytest.mark.parametrize("number", STOPS, ids=lambda number: number.name)
 @pytest.mark.parametrize("place", PLACES)
 def test_a_signal_saves_and_says_how_to_continue(program, whole, monkeypatch, capsys, number, place):
     """`predict` is called within the evaluation of an epoch, after the last of its steps, `send` after the last one."""

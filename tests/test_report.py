@@ -1,6 +1,7 @@
 """What a run prints and draws at its end: tables by hand, and a picture of tasks that the program does not know."""
 
 import csv
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -85,3 +86,12 @@ def test_the_total_of_a_sweep_averages_the_tasks():
     assert total["score"] == 0.5 and total["metric"] == "norm" and total["task"] == "all"
     assert (total["mean_layers"], total["exit_1"], total["exit_2"]) == (1.5, 0.5, 0.5)
     assert total["examples_per_second"] == pytest.approx(10)
+
+
+def test_a_mistake_is_as_bad_as_the_probability_of_what_was_predicted():
+    """A fitted decision threshold may choose the class that has less than half."""
+    data = SimpleNamespace(labels=np.array([1.0, 0.0, 1.0]))
+    probabilities = np.array([[0.4, 0.6], [0.3, 0.7], [0.2, 0.8]])
+    made = SimpleNamespace(values=np.array([0.0, 1, 1]), data=data, rows=np.arange(3), probabilities=probabilities)
+    badness, order = report.rank_mistakes(made)
+    assert badness.tolist() == [0.4, 0.7, 0] and order.tolist() == [1, 0, 2]
