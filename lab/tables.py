@@ -73,7 +73,11 @@ COLUMNS = {
         "is that number if each row left at its first exit that no other exit beats (at exit 1 if none is right)",
     ),
     "stages": ("", stages, "are those of Smart Alternating, A for the last exit and B for all exits"),
-    "compute": (".2f", at("measured/compute"), "counts layer passes (forward 1, backward 2), in epochs of training"),
+    "compute": (
+        ".2f",
+        at("measured/compute"),
+        "counts layer passes (forward 1, backward 2) without those of SMART, in epochs of training",
+    ),
     "trained": (",.0f", at("measured/trained"), "is the number of parameters that train"),
     "train s": (".0f", at("train_seconds"), ""),
     "eval s": (".0f", at("eval_seconds"), ""),
