@@ -434,12 +434,12 @@ def grade_all(folder, out, parts=(), seed=PUBLIC_SEED, seconds=SECONDS):
         table = csv.writer(file)
         table.writerow(["name", *parts, "total", "note"])
         for path in paths:
-            results, note = [], ""
-            with open(out / f"{path.stem}.txt", "w", encoding="utf-8") as text, contextlib.redirect_stdout(text):
+            name, results, note = path.name.removesuffix(".zip"), [], ""
+            with open(out / f"{name}.txt", "w", encoding="utf-8") as text, contextlib.redirect_stdout(text):
                 try:
                     results = grade(path, parts, seed, seconds)
                 except InputError as error:
                     print(note := str(error))
             points = [sum(result.points for result in results if result.part == part) for part in parts]
-            table.writerow([path.stem, *points, sum(points), note])
-            print(f"{path.stem}: {note or sum(points)}", flush=True)
+            table.writerow([name, *points, sum(points), note])
+            print(f"{name}: {note or sum(points)}", flush=True)
