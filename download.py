@@ -4,7 +4,6 @@ A missing file is first brought into the folder `.part` (pooch downloads a URL, 
 if its hash is right. An interruption costs at most the file in flight: the next run fetches the files that are missing.
 """
 
-import argparse
 import hashlib
 import os
 import shutil
@@ -12,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from errors import InputError, run_script, stop_without  # isort: skip
+from errors import InputError, Parser, run_script, stop_without  # isort: skip
 
 try:
     import pooch
@@ -130,7 +129,7 @@ def copy_data(source, folder):
 
 def main(arguments=None):
     """Fetch what the command line names."""
-    parser = argparse.ArgumentParser(description="Fetch weights into weights/, the course's data into data/.")
+    parser = Parser(description="Fetch weights into weights/, the course's data into data/.")
     parser.add_argument("what", choices=["minilm", "bert-base", "data"], help="what to fetch")
     parser.add_argument("--from", dest="source", type=Path, metavar="DIR", help="data: copy it from a folder")
     flags = parser.parse_args(arguments)

@@ -202,13 +202,11 @@ def add_output_flags(group):
 def parse_flags(argv=None):
     """Read the command line. Returns ({flag: value}, names of the flags that were typed, {flag: default})."""
     parser, argv = make_parser(), sys.argv[1:] if argv is None else argv
-    flags = vars(parser.parse_args(argv))
-    if flags["preset"]:
-        print(f"--preset {flags['preset']}: {PRESETS[flags['preset']]}")
+    if preset := parser.parse_args(argv).preset:
+        print(f"--preset {preset}: {PRESETS[preset]}")
         # in front, so that what the user typed wins
-        argv = [*PRESETS[flags["preset"]].split(), *argv]
-        flags = vars(parser.parse_args(argv))
-    defaults = vars(parser.parse_args([]))
+        argv = [*PRESETS[preset].split(), *argv]
+    flags, defaults = vars(parser.parse_args(argv)), vars(parser.parse_args([]))
     # without defaults, what the parser reads was typed
     for action in parser._actions:
         action.default = argparse.SUPPRESS
@@ -263,7 +261,8 @@ def recorded_flags(config, folder):
         if config.get("format") != FORMAT:
             recorded = upgrade(recorded)
             # the sizes of the saved tensors follow from this flag, which the parser does not have any more
-            flags["adapter_size"] = recorded.pop("adapter_size", None)
+            size = recorded.pop("adapter_size", None)
+            flags |= {"adapter_size": positive_int(str(size))} if size is not None else {}
     for name, value in recorded.items():
         if name not in flags:
             raise InputError(f"{path}: this run was started with --{name}, which the program does not have now")

@@ -53,7 +53,9 @@ LOCK = ".lock"
 # and no other file.
 FILES = (
     *("config.json", *TOKENIZER_FILES, "log.jsonl", "nan-batch.json", "last.pt"),
-    *("best.safetensors", "summary.json", "report.html", "sweep.csv", "sweep.png"),
+    # the last two, and the next ones, are pictures that earlier versions drew
+    *("best.safetensors", "summary.json", "report.html", "sweep.csv", "sweep.png", "exits.png", "layer-scores.png"),
+    *(f"confusion-{name}.png" for name in TASKS),
     *(f"predictions/{name}-{split}-output.csv" for name in TASKS for split in ("dev", "test")),
     *(f"predictions/{name}-{split}-readable.csv" for name in TASKS for split in ("dev", "test")),
 )

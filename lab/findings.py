@@ -88,6 +88,11 @@ def claim_cells(claim, source):
     ]
 
 
+def filled(text, numbers):
+    """A typed sentence with its numbers, or its first words if one of them is not recorded."""
+    return next(iter(fill([text], numbers)[0]), f"{re.match(TITLE, text)[0]}: {NOT_RUN}.")
+
+
 def render(source):
     """The text of FINDINGS.md."""
     content = tomllib.loads(CLAIMS.read_text())
@@ -96,10 +101,7 @@ def render(source):
         parts += [f"## {section['title']}"]
         if "text" in section:
             numbers = read_numbers(section, source)
-            texts = [
-                fill([text], numbers)[0] or [f"{re.match(TITLE, text)[0]}: {NOT_RUN}."] for text in section["text"]
-            ]
-            parts.append("\n".join(f"- {text}" for [text] in texts))
+            parts.append("\n".join(f"- {filled(text, numbers)}" for text in section["text"]))
         if "claim" in section:
             cells = [claim_cells(claim, source) for claim in section["claim"]]
             parts.append("\n".join(markdown(["section", "claim", "measured here", "verdict"], cells)))

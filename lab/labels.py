@@ -102,15 +102,6 @@ def leaving_errors(task, dev, row):
     return result | {"saved at the end": float(saved.mean()) if early.any() else 0.0}
 
 
-def exit_cost(tasks, dev, row):
-    """The norm of a model's exits minus that of its last layer, and half of the 95% interval over other dev rows."""
-    sides = [
-        {t.name: predicted(row, t, dev[t.name], kind)[:, None] for t in tasks} for kind in ("left_values", "values")
-    ]
-    result = compare(*sides, {name: rows.labels for name, rows in dev.items()}, samples=RESAMPLES)
-    return {"difference": round(result["difference"], 5), "half": round((result["high"] - result["low"]) / 2, 5)}
-
-
 def encoding_errors(task, dev, rows):
     """Rows on which two models disagree, and how often the first one is then nearer to the label."""
     first, second = (predicted(row, task, dev) for row in rows)
@@ -123,17 +114,22 @@ def encoding_errors(task, dev, rows):
 # --- recording ----------------------------------------------------------------------------------------------------
 
 
-def interval_half(dev, score, sides):
-    """Half of the 95% interval of a difference of two recipes' scores; None without a task that all runs predicted."""
+def bootstrap(dev, score, sides, kinds=("values", "values")):
+    """The difference of two sides' scores, and half of its 95% interval; None without a task that all runs predicted.
+
+    A side is a list of rows; `kinds` says which of their predictions count (see `predicted`).
+    """
     recorded = [row["measured"]["predictions"] for side in sides for row in side]
     tasks = [task for name, task in build_tasks().items() if all(name in one for one in recorded)]
     arrays = [
         # [n,runs]
-        {task.name: np.stack([predicted(row, task, dev[task.name]) for row in side], axis=1) for task in tasks}
-        for side in sides
+        {task.name: np.stack([predicted(row, task, dev[task.name], kind) for row in side], axis=1) for task in tasks}
+        for side, kind in zip(sides, kinds, strict=True)
     ]
     result = compare(*arrays, {name: rows.labels for name, rows in dev.items()}, score, RESAMPLES)
-    return result and round((result["high"] - result["low"]) / 2, 5)
+    if result is None:
+        return None
+    return {"difference": round(result["difference"], 5), "half": round((result["high"] - result["low"]) / 2, 5)}
 
 
 def differences(source, described):
@@ -165,8 +161,8 @@ def record(source, described, errors_of, data_dir):
     every = differences(source, described)
     for name in missing:
         words, sides, of = every[name]
-        if (half := interval_half(dev, words[1], sides)) is not None:
-            intervals[name] = {"digest": of, "half": half}
+        if result := bootstrap(dev, words[1], sides):
+            intervals[name] = {"digest": of, "half": result["half"]}
     intervals = {name: intervals[name] for name in every if name in intervals}
     for name, of in errors_of.items():
         sides = source.sides(of)
@@ -181,6 +177,8 @@ def record(source, described, errors_of, data_dir):
             if all(task.name in row["measured"]["predictions"] for row in rows)
         }
         if len(rows) == 1:
-            by_task["cost"] = source.errors().get(name, {}).get("cost") or exit_cost(tasks.values(), dev, *rows)
+            # the norm where rows leave early minus that of the last layer
+            known = source.errors().get(name, {}).get("cost")
+            by_task["cost"] = known or bootstrap(dev, "norm", [rows, rows], ("left_values", "values"))
         errors[name] = {"of": of, "digest": digest(*sides)} | by_task
     return {"intervals": intervals, "errors": errors}

@@ -39,7 +39,7 @@ MEMORY = 8 << 30  # bytes of address space; torch alone reserves a few GiB
 def to_tensor(value):
     """Turn what a check returned into a tensor; text becomes the bytes of its characters."""
     if value is None:
-        raise TypeError("the function returned None: is a `return` missing?")
+        raise TypeError("the function returned a NoneType")
     if isinstance(value, str):
         return torch.tensor(list(value.encode()), dtype=torch.uint8)
     if isinstance(value, torch.Tensor):

@@ -389,15 +389,19 @@ def find_files(submission, scratch):
     path = Path(submission)
     if path.suffix == ".zip":
         try:
-            shutil.unpack_archive(path, path := Path(scratch))
+            shutil.unpack_archive(path, scratch)
         except (OSError, ValueError, shutil.ReadError) as error:
             raise InputError(f"{submission}: cannot be unpacked ({error}): ask for another one") from None
+        path = Path(scratch)
     if not path.is_dir():
         raise InputError(f"{submission}: no such folder: give the folder or the zip with the student's .py files")
-    other, modules = {"__MACOSX", "teaching"}, {module for part in PARTS.values() for module in part.modules}
-    names = [file.relative_to(path) for file in path.rglob("*.py") if file.stem in modules]
-    names = [name for name in names if not (other & set(name.parts) or any(part[0] == "." for part in name.parts))]
-    return path / min(names, key=lambda name: (len(name.parts), name), default=Path("nothing")).parent
+    modules = {f"{module}.py" for part in PARTS.values() for module in part.modules}
+    found = []
+    for folder, inside, files in os.walk(path):
+        # os.walk does not enter what is not in this list
+        inside[:] = [name for name in inside if name[0] != "." and name not in ("__MACOSX", "teaching")]
+        found += [Path(folder)] * bool(modules & set(files))
+    return min(found, key=lambda folder: (len(folder.parts), folder), default=path)
 
 
 def grade(submission, parts=(), seed=PUBLIC_SEED, seconds=SECONDS, results_path=None):
@@ -421,7 +425,7 @@ def grade(submission, parts=(), seed=PUBLIC_SEED, seconds=SECONDS, results_path=
 def grade_all(folder, out, parts=(), seed=PUBLIC_SEED, seconds=SECONDS):
     """Grade every folder and zip in a folder: NAME.txt in `out` is a student's report, grades.csv has all points.
 
-    Raises: InputError if there is nothing to grade, or if `out` exists.
+    Raises: InputError if there is nothing to grade, if `out` exists, or if a student is there twice.
     """
     out, parts = Path(out), list(parts or PARTS)
     paths = sorted(path for path in Path(folder).glob("[!.]*") if path.is_dir() or path.suffix == ".zip")
@@ -429,12 +433,16 @@ def grade_all(folder, out, parts=(), seed=PUBLIC_SEED, seconds=SECONDS):
         raise InputError(f"{folder}: no folders and no zips of students in it")
     if out.exists():
         raise InputError(f"{out} exists: give a new folder")
+    names = [path.name.removesuffix(".zip") for path in paths]
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"{folder}: {name} is there twice, as a folder and as a zip: remove one")
     out.mkdir(parents=True)
     with open(out / "grades.csv", "w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         table.writerow(["name", *parts, "total", "note"])
-        for path in paths:
-            name, results, note = path.name.removesuffix(".zip"), [], ""
+        for name, path in zip(names, paths, strict=True):
+            results, note = [], ""
             with open(out / f"{name}.txt", "w", encoding="utf-8") as text, contextlib.redirect_stdout(text):
                 try:
                     results = grade(path, parts, seed, seconds)

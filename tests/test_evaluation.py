@@ -1,6 +1,7 @@
 """Metrics by hand and against scipy, scores against published rows, prediction files byte for byte."""
 
 import csv
+import io
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -498,14 +499,17 @@ def test_files_appear_whole_or_not_at_all(tmp_path, monkeypatch):
 def test_a_full_disk_under_torch_save_is_one_line(tmp_path, monkeypatch):
     """torch.save answers a failed write with an error of its own, which hides the first one."""
 
-    def fail(out):
-        try:
-            raise OSError(28, "No space left on device")
-        except OSError:
-            raise RuntimeError("unexpected pos 64 vs 0")  # noqa: B904
+    class Full(io.BytesIO):
+        def write(self, data):
+            if self.tell() + len(data) > 1000:
+                raise OSError(28, "No space left on device")
+            return super().write(data)
 
+    state = {"weight": torch.ones(1000)}
+    with pytest.raises(RuntimeError, match="unexpected pos"):
+        torch.save(state, Full())
     with pytest.raises(InputError, match="No space left on device"):
-        write_whole(tmp_path / "last.pt", fail)
+        write_whole(tmp_path / "last.pt", lambda out: torch.save(state, Full()))
 
     def fail_otherwise(out):
         raise RuntimeError("a mistake")

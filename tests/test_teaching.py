@@ -495,6 +495,8 @@ def test_a_class_is_graded(submission, tmp_path, capsys):
     assert "ask for another one" in rows[4][3] and "fay: " in capsys.readouterr().out
     assert "look at" in (out / "ana.txt").read_text() and "gradients.py is missing" in (out / "eve.txt").read_text()
     assert "give a new folder" in refusal(main, ["grade-all", str(everybody), str(out)])
+    (everybody / "dai").mkdir()
+    assert "dai is there twice" in refusal(main, ["grade-all", str(everybody), str(tmp_path / "new")])
     assert "no folders and no zips" in refusal(main, ["grade-all", str(everybody / "eve"), str(tmp_path / "new")])
 
 
@@ -511,8 +513,7 @@ def test_a_missing_return_is_named(submission):
     assert "is a `return` missing?" in submission.grade("gradients")[0].output
 
 
-def test_a_starter_with_its_answers_trains_and_writes_its_page(starter):
-    """What a run reads beside the modules is in the starter too."""
+def test_a_starter_has_what_a_run_reads_beside_the_modules(starter):
     assert (starter / "report_page.html").read_bytes() == (ROOT / "report_page.html").read_bytes()
 
 
