@@ -122,6 +122,7 @@ CORE = Group(
         "--max_length 128",
         "CFIMDB alone, full model": "--pooling cls --tasks cfimdb --seed 1 --epochs 2 --max_length 128",
     },
+    note="`paper` is BERTer's table 1, with bert-base.",
     paper={
         "SST alone, last linear layer": {"sst": 0.390},
         "SST alone, full model": {"sst": 0.519},
@@ -205,7 +206,7 @@ SPLITS = Group(
             "full, annealed": "--split full --sampler annealed --epoch_size 0.5",
         }.items()
     },
-    # after 10 epochs on bert-base, all of Quora
+    note="`paper` is SMARTer BERT's table 1: 10 epochs of bert-base on all of the data.",
     paper={
         "equal": {"sst": 0.530, "para": 0.854, "sts": 0.874},
         "proportional": {"sst": 0.505, "para": 0.844, "sts": 0.863},
