@@ -10,7 +10,7 @@ from lab.record import recipes
 from lab.rows import BERTER_PAPER
 from tasks import build_tasks
 
-LAYERS = "mean number of layers"
+LAYERS, TIME = "mean number of layers", "milliseconds per example"
 AXIS = {"sst": "SST accuracy", "para": "Quora accuracy", "sts": "STS Pearson r", "norm": "norm"}
 
 
@@ -72,7 +72,7 @@ def mean_curves(runs, task, policy):
 
 
 def exit_thresholds(rows):
-    """Score against layers for every training of the exits, one task a panel; all tasks against layers and time."""
+    """Score against layers for every training of the exits, one task a panel; all tasks; then all against time."""
     ours = {name: runs for name, runs in recipes(rows).items() if all(row["measured"] for row in runs)}
     panels = []
     for name, task in build_tasks().items():
@@ -90,14 +90,17 @@ def exit_thresholds(rows):
         points = list(zip(*(row["measured"]["exits"]["chosen"]["auto"] for row in runs), strict=True))
         x, y = ([mean(p[key] for p in point) for point in points] for key in ("layers", "norm"))
         chosen[recipe] = {"x": x, "y": y, "style": k}
-        # the first seed stands for the recipe: a mean of times needs equal machines
-        if sweep := runs[0]["sweep"]:
-            points = [(1000 / p["examples_per_second"], p["score"]) for name, p in sweep.items() if name != "auto"]
-            x, y = zip(*sorted(points), strict=True)
-            timed[recipe] = {"x": x, "y": y, "style": k}
+        # one timed seed stands for the recipe: a mean of times needs equal machines
+        sweeps = [row["sweep"] for row in runs if row["sweep"]]
+        for name in AXIS if sweeps else ():
+            points = [p if name == "norm" else p["tasks"][name] for label, p in sweeps[0].items() if label != "auto"]
+            x, y = zip(*sorted((1000 / p["examples_per_second"], p["score"]) for p in points), strict=True)
+            timed.setdefault(name, {})[recipe] = {"x": x, "y": y, "style": k}
     panels.append({"title": "all tasks, thresholds chosen on other dev rows", "x": LAYERS, "y": "norm"})
     panels[-1]["curves"] = chosen
-    panels.append({"title": "all tasks, one threshold", "x": "milliseconds per example", "y": "norm", "curves": timed})
+    titles = {name: task.title for name, task in build_tasks().items()} | {"norm": "all tasks"}
+    for name, curves in timed.items():
+        panels.append({"title": f"{titles[name]}, one threshold", "x": TIME, "y": AXIS[name], "curves": curves})
     return drop_empty(panels)
 
 

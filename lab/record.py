@@ -167,21 +167,19 @@ def recipes(rows):
 
 
 def read_sweep(folder):
-    """Read the sweep of a run's exits (`--option evaluate --exit_threshold .5,...`), averaged over the tasks.
+    """Read the sweep of a run's exits (`--option evaluate --exit_threshold .5,...`).
 
-    Returns {setting: {score, mean_layers, examples_per_second, and for each task its examples per second}}, or None if
-    the run has no sweep.
+    Returns {setting: {score, mean_layers, examples_per_second: of all tasks, tasks: {task: the same three}}}, or None
+    if the run has no sweep.
     """
     path = folder / "evaluate" / "sweep.csv"
     if not path.exists():
         return None
     with open(path, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    settings = {row["setting"]: {} for row in rows}
+    settings = {row["setting"]: {"tasks": {}} for row in rows}
     for row in rows:
-        if row["task"] == "all":
-            keys = ("score", "mean_layers", "examples_per_second")
-            settings[row["setting"]] |= {key: float(row[key]) for key in keys}
-        else:
-            settings[row["setting"]][row["task"]] = float(row["examples_per_second"])
+        numbers = {key: float(row[key]) for key in ("score", "mean_layers", "examples_per_second")}
+        one = settings[row["setting"]]
+        one |= numbers if row["task"] == "all" else {"tasks": one["tasks"] | {row["task"]: numbers}}
     return settings

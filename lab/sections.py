@@ -90,13 +90,23 @@ def exits_csv(rows):
 def time_table(rows):
     """The time of the dev rows at several thresholds, as the mean over the runs that were timed."""
     sweeps, lines = [row["sweep"] for row in rows.values() if row.get("sweep")], []
+    tasks = list(sweeps[0]["full depth"]["tasks"]) if sweeps else []
     for setting in sweeps[0] if sweeps else ():
-        norm, layers = (mean(sweep[setting][key] for sweep in sweeps) for key in ("score", "mean_layers"))
-        times = [1000 / sweep[setting]["examples_per_second"] for sweep in sweeps]
+        points = [sweep[setting] for sweep in sweeps]
+        times = [1000 / point["examples_per_second"] for point in points]
         full = [1000 / sweep["full depth"]["examples_per_second"] for sweep in sweeps]
+        cells = [setting]
+        for task in tasks:
+            ours = [point["tasks"][task] for point in points]
+            cells += [
+                f"{mean(p['score'] for p in ours):.3f}",
+                f"{mean(1000 / p['examples_per_second'] for p in ours):.2f}",
+            ]
+        norm, layers = (mean(point[key] for point in points) for key in ("score", "mean_layers"))
         share = mean(time / one for time, one in zip(times, full, strict=True))
-        lines.append([setting, f"{norm:.3f}", f"{layers:.2f}", f"{mean(times):.2f}", f"{share:.2f}"])
-    head = ["threshold for all tasks", "norm", "layers", "ms per example", "share of full depth's"]
+        lines.append([*cells, f"{norm:.3f}", f"{layers:.2f}", f"{mean(times):.2f}", f"{share:.2f}"])
+    head = ["threshold for all tasks", *(f"{task}: {what}" for task in tasks for what in ("score", "ms"))]
+    head += ["norm", "layers", "ms per example", "share of full depth's"]
     title = "### Time, measured alone on the machine (auto: chosen thresholds; mean over the timed runs)"
     missing = "Not run: it needs the saved models on an idle machine."
     return [title, "", *(markdown(head, lines) if lines else [missing]), ""]

@@ -349,6 +349,12 @@ def make_row(group, name, rng):
         ]
         exits = {"curves": curves, "chosen": {"auto": chosen, "lte": chosen}, "oracle": {t: point() for t in tasks}}
         row["measured"]["exits"] = exits
+
+        def timed():
+            return {"score": 0.5, "mean_layers": 3.0, "examples_per_second": float(rng.uniform(100, 300))}
+
+        settings = ("full depth", "0.5", "0.999", "auto")
+        row["sweep"] = {setting: timed() | {"tasks": {t: timed() for t in tasks}} for setting in settings}
     return row
 
 
@@ -519,7 +525,8 @@ def test_a_check_run_goes_through_rows_and_leaves_results_alone(program, tmp_pat
     place = Place(tmp_path / "scratch" / "runs", results, str(tmp_path / "scratch" / "data"))
     experiments.time_exits([("berter-table2", name) for name in names], place)
     sweep = record.read_sweep(place.run("berter-table2", names[1]))
-    assert list(sweep) == ["full depth", *experiments.TIMED.split(","), "auto"] and sweep["auto"]["sst"] > 0
+    assert list(sweep) == ["full depth", *experiments.TIMED.split(","), "auto"]
+    assert sweep["auto"]["tasks"]["sst"]["score"] > 0
     assert record.read_sweep(place.run("berter-table2", names[0])) is None
     text = (results / "berter-table2.md").read_text()
     assert text.count("| not run |") == 14 and f"| {names[0]} | 1 |" in text
