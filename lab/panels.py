@@ -57,7 +57,7 @@ def berter_table2(rows):
     }
     series = ["full depth", "with early exit", "BERTer (norm of its three scores)"]
     papers, our_own = (
-        "BERTer's recipe: [CLS], siamese [u; v], squared error",
+        "BERTer's recipe: [CLS]; siamese [u; v] and squared error, where a name says nothing else",
         "best recipe: mean pooling, concat, our losses",
     )
     panels = [(papers, paper), (our_own, best)]
@@ -89,6 +89,9 @@ def exit_thresholds(rows):
     for k, (recipe, runs) in enumerate(ours.items()):
         points = list(zip(*(row["measured"]["exits"]["chosen"]["auto"] for row in runs), strict=True))
         x, y = ([mean(p[key] for p in point) for point in points] for key in ("layers", "norm"))
+        # the right end: all layers
+        x = [len(runs[0]["measured"]["exits"]["layer_scores"]["sst"]), *x]
+        y = [mean(row["exits"]["cross_fitted_norm"]["full"] for row in runs), *y]
         chosen[recipe] = {"x": x, "y": y, "style": k}
         # one timed seed stands for the recipe: a mean of times needs equal machines
         sweeps = [row["sweep"] for row in runs if row["sweep"]]
@@ -96,7 +99,7 @@ def exit_thresholds(rows):
             points = [p if name == "norm" else p["tasks"][name] for label, p in sweeps[0].items() if label != "auto"]
             x, y = zip(*sorted((1000 / p["examples_per_second"], p["score"]) for p in points), strict=True)
             timed.setdefault(name, {})[recipe] = {"x": x, "y": y, "style": k}
-    panels.append({"title": "all tasks, thresholds chosen on other dev rows", "x": LAYERS, "y": "norm"})
+    panels.append({"title": "all tasks, thresholds chosen on other dev rows; all layers", "x": LAYERS, "y": "norm"})
     panels[-1]["curves"] = chosen
     titles = {name: task.title for name, task in build_tasks().items()} | {"norm": "all tasks"}
     for name, curves in timed.items():
@@ -207,7 +210,11 @@ def smarter(rows):
         name: {"x": list(range(1, len(row["phases"]) + 1)), "y": [phase["norm"] for phase in row["phases"]], "style": k}
         for k, (name, row) in enumerate(curves.items())
     }
-    train = {name: loss_curve(row, "sst loss") | {"style": k} for k, (name, row) in enumerate(curves.items())}
+    train = {
+        task: {name: loss_curve(row, f"{task} loss") | {"style": k} for k, (name, row) in enumerate(curves.items())}
+        for task in ("sst", "para", "sts")
+    }
+    titles = {name: task.title for name, task in build_tasks().items()}
     by_split = {
         f"{name} split": loss_curve(row, "sst loss") | {"style": k + 2} for k, (name, row) in enumerate(splits.items())
     }
@@ -219,9 +226,12 @@ def smarter(rows):
     }
     return drop_empty(
         [
-            {"title": "training loss of SST, a tenth of the rows", "x": "steps", "y": "cross entropy", "curves": train},
-            {"title": "dev score of the same runs", "x": "passes over these rows", "y": "norm", "curves": dev},
-            {"title": "training loss of SST by data split", "x": "steps", "y": "cross entropy", "curves": by_split},
+            *(
+                {"title": f"figure 1: training, {titles[task]}", "x": "steps", "y": "loss", "curves": lines}
+                for task, lines in train.items()
+            ),
+            {"title": "figure 1: dev score", "x": "passes over a tenth of the rows", "y": "norm", "curves": dev},
+            {"title": "figure 3: training, SST, by data split", "x": "steps", "y": "loss", "curves": by_split},
             {
                 "title": "cosine of two tasks' gradients (PCGrad)",
                 "x": "steps",
@@ -237,10 +247,10 @@ def adaptations(rows):
     """Each task's score over the training, and the norm at its end with the number of trained parameters."""
     curves, dots = {"sst": {}, "para": {}, "sts": {}}, {}
     for k, (name, row) in enumerate(rows.items()):
+        for task in row["metrics"]["last"]:
+            y = [phase[task] for phase in row["phases"]]
+            curves[task][name] = {"x": [(i + 1) / len(y) for i in range(len(y))], "y": y, "style": k}
         if len(row["metrics"]["last"]) == 3:  # a run of one task has another norm
-            for task, lines in curves.items():
-                y = [phase[task] for phase in row["phases"]]
-                lines[name] = {"x": [(i + 1) / len(y) for i in range(len(y))], "y": y, "style": k - 1}
             trained = row["measured"]["trained"] / 1e6 if row["measured"] else None
             point = spread([row["last"]["norm"]], seed_noise("adaptations", "norm", row))
             dots[f"{name} ({trained:.2f} M)" if trained else name] = [point]
@@ -271,14 +281,14 @@ PANELS = {
     "adaptations": adaptations,
     "score": score,
 }
-BARS = "bars: noise from seed to seed"
+BARS = "bars: one standard deviation from seed to seed"
 TITLES = {
     "berter-table2": f"BERTer's Table 2: best dev score ({BARS})",
     "exit-thresholds": "Early exit: dev score against layers",
     "slf-ablation": f"Training layer by layer, at equal compute ({BARS})",
     "embedding-order": f"Pair encodings: mean or [CLS] pooling ({BARS})",
     "smart-when": "What SMART adds to the dev score; the legend names its tasks (grey: 95% of mere noise)",
-    "berter-figures": f"BERTer's figures, after a quarter of an epoch except figure 1 ({BARS})",
+    "berter-figures": f"BERTer's figures, 2 to 4 after a quarter of an epoch ({BARS})",
     "smarter": "SMARTer BERT's figures",
     "adaptations": f"Layer-level adaptations: dev score and trained parameters ({BARS})",
     "score": f"The best recipe: three seeds and their ensemble ({BARS})",

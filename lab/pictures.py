@@ -25,6 +25,7 @@ STYLES = (
 )
 INCHES, DPI = 9.2, 110
 BAND = "#dddddd"
+SWEEP = "Early exit, on half of dev: score against layers and time"
 
 
 def clean(axes, panel):
@@ -41,8 +42,8 @@ def clean(axes, panel):
 def draw_curves(axes, panel):
     """Draw the curves of a panel: {label: {x, y, errors, style, points}}.
 
-    `points` draws no line. A long curve has about eight markers, each curve at places of its own. `band` of the panel
-    is the half height of a grey band around 0, and draws a line at 0.
+    `points` draws no line. A curve of more than 20 points has about eight markers, at places of its own. `band` of the
+    panel is the half height of a grey band around 0, and draws a line at 0.
     """
     if "band" in panel:
         axes.axhspan(-panel["band"], panel["band"], color=BAND, zorder=0)
@@ -50,7 +51,7 @@ def draw_curves(axes, panel):
     for k, (label, curve) in enumerate(panel["curves"].items()):
         color, line, marker = STYLES[curve.get("style", k) % len(STYLES)]
         options = {"color": color, "linestyle": line, "marker": marker, "markersize": 4, "linewidth": 1.4}
-        every = max(1, len(curve["x"]) // 8)
+        every = len(curve["x"]) // 8 if len(curve["x"]) > 20 else 1
         options["markevery"] = (k * every // len(panel["curves"]), every)
         if curve.get("points"):
             options |= {"linestyle": "", "markersize": 9, "markerfacecolor": "none", "markeredgewidth": 1.6}
@@ -129,6 +130,7 @@ def draw_sweep(path, results):
             ):
                 points = sorted((read(row), float(row["score"])) for row in mine if chosen(row["setting"]))
                 curves[label] = {"x": [p[0] for p in points], "y": [p[1] for p in points], "points": len(points) == 1}
-            panels.append({"title": titles[name], "x": x, "y": mine[0]["metric"], "curves": curves})
-    draw(results / "sweep.png", panels, "Early exit: dev score against layers and time")
-    draw(results / "sweep-norm.png", panels[-2:], "Early exit: dev score against layers and time")
+            metric = mine[0]["metric"].replace("pearson", "Pearson r")
+            panels.append({"title": titles[name], "x": x, "y": metric, "curves": curves})
+    draw(results / "sweep.png", panels, SWEEP)
+    draw(results / "sweep-norm.png", panels[-2:], SWEEP)

@@ -206,7 +206,8 @@ SPLITS = Group(
             "full, annealed": "--split full --sampler annealed --epoch_size 0.5",
         }.items()
     },
-    note="`paper` is SMARTer BERT's table 1: 10 epochs of bert-base on all of the data.",
+    note="`paper` is SMARTer BERT's table 1: 10 epochs of bert-base on all of the data. After 40 epochs it has "
+    ".519, .883, .880 (equal) and .510, .886, .870 (proportional); no row here trains so long.",
     paper={
         "equal": {"sst": 0.530, "para": 0.854, "sts": 0.874},
         "proportional": {"sst": 0.505, "para": 0.844, "sts": 0.863},
@@ -307,6 +308,7 @@ EXIT_THRESHOLDS = Group(
     question="How many layers does early exit save at which loss of score, and does the balance differ by task?",
     baseline="joint",
     columns=(*SCORES, "best norm", "norm with exits", "layers", "oracle's layers", *COST),
+    note="The confusion matrix below is SMARTer BERT's figure 2, which shows that of its best model.",
 )
 # Equal compute: at scale 1 a run costs as many layer passes as two epochs of plain training (forward 1, backward 2, per
 # layer and token; measure.training_cost counts them). Stage 1 of SLF trains layer i with i passes forward and 2
@@ -388,6 +390,7 @@ BERTER_FIGURES = Group(
     question="Which learning rate, batch size, dropout and number of epochs are good (BERTer, figures 1 to 4)?",
     baseline="lr 1e-4, batch 16, dropout 0.3",
     columns=(*SCORES, "best norm", "Quora positive", *COST),
+    note="SMARTer BERT's table 2 compares the same four values of dropout (its text copy has lost the numbers).",
 )
 # equally many examples under every split; full has 28,753 in an epoch, equal 23,128, proportional 17,444
 SMARTER = Group(
@@ -407,8 +410,9 @@ SMARTER = Group(
     question="Does Gaussian SMART regularise, and do the gradients of the tasks conflict (SMARTer BERT)?",
     blocks={"learning curves": "", "splits": "", "surgery": ""},
     columns=(*SCORES, "best norm", "train sst", "Quora positive", *COST),
-    note="The learning curves train on a tenth of the rows, eight times. The splits train on equally many examples. "
-    "Gradient surgery takes one batch of every task in each step, so it takes fewer steps than the splits' rows.",
+    note="The learning curves (SMARTer BERT's figure 1) train on a tenth of the rows, eight times. The splits (its "
+    "figure 3) train on equally many examples. Gradient surgery takes one batch of every task in each step, so it "
+    "takes fewer steps than the splits' rows.",
 )
 ADAPTATIONS = Group(
     "--epochs 4 --epoch_size 0.0625 --batch_size 16 --pooling mean --seed 1",

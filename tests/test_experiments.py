@@ -337,7 +337,7 @@ def make_row(group, name, rng):
     names = tasks[:1] if "--tasks sst" in row["command"] else tasks
     row["metrics"] = {"last": dict.fromkeys(names, {}), "best": {"sst": {"confusion": np.eye(5, dtype=int).tolist()}}}
     row["phases"] = [{"phase": f"epoch 1/4, stage {letter} (all exits)", **scores()} for letter in "AABAABAA"]
-    row["losses"] = {"step": [50, 100], "sst loss": [1.5, 1.2]}
+    row["losses"] = {"step": [50, 100]} | {f"{task} loss": [1.5, 1.2] for task in tasks}
     row["losses"] |= {f"cosine {pair}": [0.1, None] for pair in ("sst-para", "sst-sts", "para-sts")}
     row["measured"] = {"trained": 1000, "compute": 2.0, "train_scores": {"sst": 0.6}}
     if "--early_exit" in words:
@@ -348,6 +348,7 @@ def make_row(group, name, rng):
             {"allowed": x, "norm": 0.7, "layers": 3.0, "tasks": {t: point() for t in tasks}} for x in (0, 0.1, 0.2)
         ]
         exits = {"curves": curves, "chosen": {"auto": chosen, "lte": chosen}, "oracle": {t: point() for t in tasks}}
+        exits["layer_scores"] = {t: [0.5] * 6 for t in tasks}
         row["measured"]["exits"] = exits
 
         def timed():
