@@ -20,7 +20,6 @@ Sources: layer-level adaptations 2.1, 2.2 and 3.2; Houlsby et al. (2019); Stickl
 """
 
 import math
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -149,7 +148,7 @@ class ProjectedAttention(nn.Module):
         # as in bert.py's attend_plain: scale by sqrt(k), then mask in the scores' own dtype
         scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])  # [b,h,s,s]
         scores = scores + extended_mask.to(scores.dtype)
-        gathered = torch.softmax(scores, dim=-1) @ value  # [b,h,s,s] @ [b,h,s,k] -> [b,h,s,k]
+        gathered = torch.softmax(scores, dim=-1, dtype=scores.dtype) @ value  # [b,h,s,s] @ [b,h,s,k] -> [b,h,s,k]
         return gathered.transpose(1, 2).flatten(2)  # [b,s,h,k], then [b,s,m]
 
     def forward(self, output, context):
@@ -265,8 +264,7 @@ class Adapters(nn.Module):
 def make_adapters(config, task_names, kinds, size=None, generator=None):
     """Make the adapters of some kinds for every layer and task, drawn from the generator.
 
-    `kinds` are names of KINDS: one, and any addable ones. `size` overrides the sizes above (runs saved by earlier
-    versions recorded one).
+    `kinds` are names of KINDS: one, and any addable ones. `size` overrides the sizes above.
     """
     ordered = sorted((kind for kind in KINDS if kind in kinds), key=lambda kind: KINDS[kind].addable)
 
@@ -297,29 +295,6 @@ def trained_with(name, kinds):
     if not name.startswith("bert."):
         return True
     return "layer_norm" in name and any(KINDS[kind].layer_norms for kind in kinds)
-
-
-def count_parameters(adapters):
-    """Count the adapters' parameters: {kind: {task: number}}, with the parts that layers share."""
-    counts = {}
-    for name, parameter in adapters.layers.named_parameters():
-        _, task, _, kind, *_ = name.split(".")  # layers[i][task][site][kind] and the name inside the adapter
-        counts.setdefault(kind, Counter())[task] += parameter.numel()
-    for task, module in adapters.shared.items():
-        [kind] = [kind for kind in counts if KINDS[kind].make_shared]
-        counts[kind][task] += sum(parameter.numel() for parameter in module.parameters())
-    return counts
-
-
-def parameter_report(adapters):
-    """Return the lines of a table: trainable parameters of the adapters by kind and task."""
-    counts = count_parameters(adapters)
-    tasks = list(adapters.layers[0])
-    lines = [f"{'adapter':<12}" + "".join(f"{name:>12}" for name in (*tasks, "all tasks"))]
-    for kind, of_kind in counts.items():
-        numbers = [of_kind[task] for task in tasks]
-        lines.append(f"{kind:<12}" + "".join(f"{number:>12,}" for number in (*numbers, sum(numbers))))
-    return lines
 
 
 # --- the record ----------------------------------------------------------------------------------------------------
@@ -360,9 +335,7 @@ def build_chosen(flags, config, task_names, generator):
     """Build the adapters that --adapter names, or None."""
     if flags["adapter"] == ["none"]:
         return None
-    # a flag of earlier versions, which their saved runs recorded
-    size = flags.get("adapter_size")
-    return make_adapters(config, task_names, flags["adapter"], size, generator)
+    return make_adapters(config, task_names, flags["adapter"], generator=generator)
 
 
 def trains(flags, model):

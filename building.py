@@ -21,7 +21,7 @@ from torch import nn
 import parallel
 from base_bert import BertConfig
 from datasets import SPLITS, describe_datasets, find_data_dir, read_dataset
-from errors import InputError, smaller, spare_memory, warn
+from errors import InputError, explain_out_of_memory, smaller, warn
 from evaluation import run_batches
 from flags import METHODS, PRECISIONS, SAMPLE_DEFAULTS
 from methods import per_task, positive, positive_int
@@ -239,6 +239,8 @@ def check_fits(flags, tasks, config, weights):
             f"--pairs: {weights} has one kind of segment (type_vocab_size 1), {packed[0]} packs two: "
             f"use --pairs {' '.join(f'{name}=siamese' for name in packed)}"
         )
+    if config.num_hidden_layers == 1 and "exits" in needs_of_methods(flags):
+        raise InputError(f"{weights} has one layer, so there is no exit before the last: use weights with more layers")
     if not MIN_LENGTH <= flags["max_length"] <= config.max_position_embeddings:
         raise InputError(
             f"--max_length {flags['max_length']}: give a length from {MIN_LENGTH} to "
@@ -246,9 +248,9 @@ def check_fits(flags, tasks, config, weights):
         )
 
 
-def read_data(flags, tasks, tokenizer):
+def read_data(flags, tasks, tokenizer, splits=SPLITS):
     """All datasets of a run: {task: {split: Dataset}}, {"task split": path}, and whether they are the sample."""
-    paths = {(name, split): flags[f"{name}_{split}"] for name in tasks for split in SPLITS}
+    paths = {(name, split): flags[f"{name}_{split}"] for name in tasks for split in splits}
     wanted = {key: tasks[key[0]].file(key[1]) for key, path in paths.items() if not path}
     folder, is_sample = None, False
     if wanted:
@@ -265,7 +267,7 @@ def read_data(flags, tasks, tokenizer):
 
 def choose_rows(data, counts, seed):
     """The rows to train on: {task: rows}, all usable ones or `counts[task]` of them, drawn by the seed."""
-    rows = {name: splits["train"].usable for name, splits in data.items()}
+    rows = {name: splits["train"].usable for name, splits in data.items() if "train" in splits}
     for name, count in counts.items():
         chosen = make_rng(seed, "train_rows", name).permutation(rows[name])[:count]
         print(f"--train_rows: {len(chosen):,} of {len(rows[name]):,} {name} rows")
@@ -280,7 +282,7 @@ def cache_features(model, dataset, batch_size, precision):
         return (widen(model(batch).states[model.depth]),)
 
     rows, bar = np.arange(len(dataset)), parallel.progress_bars()
-    with spare_memory(smaller("--eval_batch_size", batch_size)):
+    with explain_out_of_memory(smaller("--eval_batch_size", batch_size)):
         [features] = run_batches(model, dataset, rows, states, batch_size, precision.autocast, bar)
     return dataset.with_features(features)
 
@@ -405,6 +407,10 @@ def build(flags, model, data, device, terms):
             name: {split: cache_features(model, dataset, size, precision) for split, dataset in splits.items()}
             for name, splits in data.items()
         }
+    exit_settings = first(method.exit_settings(flags, model.tasks) for method in METHODS)
+    for name, splits in data.items():
+        if exit_settings and len(splits["dev"].usable) < 2:
+            raise InputError(f"--early_exit: give two dev rows of {name}: some choose its threshold, others are scored")
     weights = per_task(flags["task_weights"], "--task_weights", list(data), positive)
     order = torch.Generator().manual_seed(flags["seed"])
     return Parts(
@@ -429,7 +435,7 @@ def build(flags, model, data, device, terms):
             seed=flags["seed"],
             schedule=lambda progress: SCHEDULES[flags["schedule"]](progress, flags["warmup"]),
         ),
-        exit_settings=first(method.exit_settings(flags, model.tasks) for method in METHODS),
+        exit_settings=exit_settings,
     )
 
 
@@ -445,4 +451,4 @@ def parameter_table(model, trainable):
         size = parameter.numel()
         counts[part_of[id(parameter)]] = (total + size, trained + size * (name in trainable))
     counts["all"] = tuple(map(sum, zip(*counts.values(), strict=True)))
-    return [f"{part:<12}{total:>12,} parameters {trained:>12,} trained" for part, (total, trained) in counts.items()]
+    return [f"{part:<12}{total:>12,} parameters {trained:>12,} trainable" for part, (total, trained) in counts.items()]

@@ -81,11 +81,8 @@ class Ragged:
         self.flat, self.offsets = array(typecode), array("q", [0])
 
     def append(self, values):
-        """Append one sequence: bytes, or an iterable of numbers."""
-        if isinstance(values, bytes):
-            self.flat.frombytes(values)
-        else:
-            self.flat.extend(values)
+        """Append one sequence of numbers; bytes are numbers too."""
+        self.flat.extend(values)
         self.offsets.append(len(self.flat))
 
     def freeze(self):

@@ -153,7 +153,7 @@ class DistillLoss(LossTerm):
         return total
 
 
-# --- exit weights: depth L -> a cycle of {exit: weight}; the batches of a task take its entries in turn -----------
+# --- exit weights: depth L -> a cycle of {exit: weight}; the steps of a task take its entries in turn -------------
 
 
 def weigh_joint(depth):
@@ -171,7 +171,7 @@ def weigh_deeper(depth):
 
 
 def weigh_alternating(depth):
-    """One batch trains the last exit alone, the next one all exits, and so on. Source: BERxiT."""
+    """One step trains the last exit alone, the next one all exits, and so on. Source: BERxiT."""
     return ({depth: 1.0}, *weigh_joint(depth))
 
 
@@ -225,7 +225,8 @@ def cut(batch, part):
     """Cut some rows out of a batch, without the columns that are padding in all of them. Shapes: p rows, c columns."""
     segments = []
     for ids, mask, segment_ids in batch.segments:
-        # [c], columns with a token of some row, as positions: a GPU has to be waited for at each index of booleans
+        # [c]: positions of the columns in which some row has a token. nonzero() waits for the GPU once; an index of
+        # booleans would wait at each use.
         used = mask[part].any(0).nonzero().squeeze(-1)
         segments.append((ids[part, used], mask[part, used], segment_ids[part, used]))  # three times [p,c]
     return replace(batch, segments=tuple(segments), labels=None, ids=batch.ids[part])
@@ -476,7 +477,13 @@ def add_flags(group):
         help="leave at this certainty: a number, task=number, or auto (chosen on dev); "
         "with --option evaluate also a list to sweep, .5,.9,.99",
     )
-    group.add_argument("--exit_loss", choices=tuple(EXIT_WEIGHTS), default="joint", help="how the exits are trained")
+    group.add_argument(
+        "--exit_loss",
+        choices=tuple(EXIT_WEIGHTS),
+        default="joint",
+        help="joint: all exits count alike; weighted: deeper ones more; alternating: the last one, then all; "
+        "distilled: the last one teaches the others; two_stage: first the last one",
+    )
 
 
 def conflicts(flags, typed):

@@ -39,8 +39,8 @@ class Parser(argparse.ArgumentParser):
 
 
 @contextmanager
-def spare_memory(advice):
-    """Say what to do where memory, a GPU's or the machine's, does not suffice.
+def explain_out_of_memory(advice):
+    """Turn an out-of-memory error, of a GPU or of the machine, into one line with advice.
 
     Raises: InputError.
     """

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from datasets import SkeletonRows, read_rows
 from early_exit import AllExits, every_exit
-from errors import smaller, spare_memory
+from errors import explain_out_of_memory, smaller
 from files import write_whole
 from parallel import deal, gather_batches
 from tasks import ACCURACY, PEARSON, SPEARMAN, TASKS
@@ -95,7 +95,8 @@ def run_batches(model, data, rows, function, batch_size, autocast, show_bar):
     order = np.argsort(-data.lengths()[rows], kind="stable")  # [n]
     back = np.argsort(order)  # the inverse permutation: result back[i] belongs to row i
     starts = deal(range(0, len(rows), batch_size))
-    # one autocast context for all batches casts each weight once, unless it is frozen (and not under inference_mode)
+    # One autocast context for all batches, because it keeps the 16-bit copy of each trainable weight. It keeps none of
+    # a frozen weight, and none under inference_mode.
     with autocast():
         for start in tqdm(starts, f"predict {data.task.name}", disable=not show_bar, leave=False):
             batch = data.batch(rows[order[start : start + batch_size]]).to(device)
@@ -115,7 +116,7 @@ def predict(model, data, rows=None, batch_size=32, infer=AtExit(), autocast=null
     def infer_batch(model, batch):
         return infer(model, batch, batch_size)
 
-    with spare_memory(smaller("--eval_batch_size", batch_size)):
+    with explain_out_of_memory(smaller("--eval_batch_size", batch_size)):
         at_once = infer.batches_at_once * batch_size
         outputs, layers = run_batches(model, data, rows, infer_batch, at_once, autocast, show_bar)
     outputs = outputs.float()  # [n,o]
@@ -127,7 +128,7 @@ def predict(model, data, rows=None, batch_size=32, infer=AtExit(), autocast=null
 def predict_exits(model, data, rows=None, batch_size=32, autocast=nullcontext, show_bar=False):
     """Predict rows of a dataset (by default the usable ones) with every exit, in one full pass. Returns AllExits."""
     rows, task = data.usable if rows is None else np.asarray(rows), data.task
-    with spare_memory(smaller("--eval_batch_size", batch_size)):
+    with explain_out_of_memory(smaller("--eval_batch_size", batch_size)):
         outputs, confidence, lte = run_batches(model, data, rows, every_exit, batch_size, autocast, show_bar)
     # the outputs of all exits are decoded at once: [n,L,o] to [n * L,o]
     values, _ = task.objective.decode(outputs.flatten(0, 1), model.decision_threshold(task.name))

@@ -20,7 +20,7 @@ from datasets import SPLITS
 from errors import InputError, Parser
 from methods import at_least_zero, below_one, phase_epochs, positive, positive_int, seed
 from optimizer import OPTIMIZERS, SCHEDULES
-from runs import FORMAT, damaged
+from runs import damaged
 from samplers import DATA_SPLITS, SAMPLERS
 from tasks import ENCODINGS, TASKS, headless_losses
 
@@ -107,7 +107,7 @@ def add_course_flags(group):
     group.add_argument("--preset", choices=tuple(PRESETS), help=stands_for)
     group.add_argument("--use_gpu", action="store_true", help="train on CUDA or Apple's MPS where there is one")
     group.add_argument("--tasks", nargs="+", choices=tuple(TASKS), default=["sst", "para", "sts"], help="what to learn")
-    group.add_argument("--epochs", type=positive_int, default=5, help="number of epochs (--epoch_size)")
+    group.add_argument("--epochs", type=positive_int, default=5, help="number of epochs, each of --epoch_size")
     group.add_argument(
         "--epoch_size", type=phase_epochs, default=1.0, help="passes over each task's part of the data in one epoch"
     )
@@ -125,7 +125,8 @@ def add_data_flags(group):
     for name in TASKS:
         for split in SPLITS:
             group.add_argument(f"--{name}_{split}", metavar="CSV", help=argparse.SUPPRESS)
-    group.add_argument("--split", choices=DATA_SPLITS, default="equal", help="how much of each task an epoch takes")
+    text = "rows in an epoch. full: all; equal: Quora cut to SST's number; proportional: also 1/17 of STS"
+    group.add_argument("--split", choices=DATA_SPLITS, default="equal", help=text)
     group.add_argument(
         "--train_rows", nargs="+", metavar="TASK=N", help="train on N rows of a task, drawn by --seed; default all"
     )
@@ -175,8 +176,8 @@ def add_loop_flags(group):
     """The optimiser and its steps."""
     group.add_argument("--optimizer", choices=tuple(OPTIMIZERS), default="adamw", help="update rule")
     group.add_argument("--weight_decay", type=at_least_zero, default=0.01, help="decoupled weight decay")
-    group.add_argument("--schedule", choices=tuple(SCHEDULES), default="linear", help="course of the learning rate")
-    group.add_argument("--warmup", type=below_one, default=0.1, help="share of the training that warms up")
+    group.add_argument("--schedule", choices=tuple(SCHEDULES), default="linear", help="how the learning rate falls")
+    group.add_argument("--warmup", type=below_one, default=0.1, help="part of the training in which it rises first")
     group.add_argument("--clip", type=at_least_zero, default=1.0, help="largest global gradient norm; 0: no clipping")
     group.add_argument("--accumulate", type=positive_int, default=1, help="batches per optimiser step")
     group.add_argument("--task_weights", nargs="+", metavar="TASK=W", help="weights of the tasks' losses (1 each)")
@@ -226,9 +227,10 @@ def check_flags(flags, typed):
         conflicts = [(which, "--option evaluate: which run? give --run_dir"), *loop_conflicts(flags, typed)]
         for method in METHODS:
             conflicts += method.conflicts(flags, typed)
+    hint = f" (--preset {flags['preset']} stands for {PRESETS[flags['preset']]})" if flags["preset"] else ""
     for applies, sentence in conflicts:
         if applies:
-            raise InputError(sentence)
+            raise InputError(sentence + hint)
 
 
 def loop_conflicts(flags, typed):
@@ -256,14 +258,7 @@ def recorded_flags(config, folder):
     """
     parser, path = make_parser(), Path(folder) / "config.json"
     actions, flags = {action.dest: action for action in parser._actions}, vars(parser.parse_args([]))
-    recorded = config["flags"]
-    with damaged(path):
-        if config.get("format") != FORMAT:
-            recorded = upgrade(recorded)
-            # the sizes of the saved tensors follow from this flag, which the parser does not have any more
-            size = recorded.pop("adapter_size", None)
-            flags |= {"adapter_size": positive_int(str(size))} if size is not None else {}
-    for name, value in recorded.items():
+    for name, value in config["flags"].items():
         if name not in flags:
             raise InputError(f"{path}: this run was started with --{name}, which the program does not have now")
         with damaged(path):
@@ -286,16 +281,3 @@ def reread(parser, action, value):
     if read != value:
         raise ValueError(f"--{action.dest} is {value!r}, but would be read as {read!r}")
     return read
-
-
-def upgrade(flags):
-    """The flags of a run of format 1 in today's spelling, as evaluation and prediction need them.
-
-    What only its training used is dropped: such a run is not resumed. --adapter_size is kept.
-    """
-    kept = set(parse_flags([])[0]) - {"bregman", "lnsr"} | {"adapter_size"}
-    upgraded = {name: value for name, value in flags.items() if name in kept}
-    if flags.get("lte_threshold") is not None:
-        leaves_by_lte = [name for name in flags["tasks"] if TASKS[name].is_regression or flags["exit_policy"] == "lte"]
-        upgraded["exit_threshold"] = flags["exit_threshold"] + [f"{n}={flags['lte_threshold']}" for n in leaves_by_lte]
-    return upgraded

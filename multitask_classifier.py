@@ -18,7 +18,7 @@ import sys
 from dataclasses import asdict, dataclass
 
 # imported before torch, because it needs no package: it prints what to do if one is not installed
-from errors import InputError, run_script, spare_memory, stop_without  # isort: skip
+from errors import InputError, run_script, explain_out_of_memory, stop_without  # isort: skip
 
 try:
     import torch
@@ -28,7 +28,6 @@ except ImportError as error:
 
 import building
 import parallel
-from adapters import parameter_report
 from base_bert import BertConfig, Dropout, dropout_state
 from bert import BertModel
 from datasets import Batch, bucketed_batches
@@ -38,7 +37,7 @@ from flags import EVALUATE_FLAGS, check_flags, file_flags, parse_flags, recorded
 from methods import LossTerm
 from optimizer import clip_gradients
 from report import close_run, close_sweep, copy_predictions, describe_run, finish, write_page
-from runs import FORMAT, FREE_FLAGS, Interrupted, Recorder, RunFolder, SignalGuard, check_same_run, name_run, sha256
+from runs import FREE_FLAGS, Interrupted, Recorder, RunFolder, SignalGuard, check_same_run, name_run, sha256
 from samplers import SAMPLERS, all_tasks_order, make_rng, phase_rows, rows_per_epoch
 from tokenizer import BertTokenizer, pack, pad
 
@@ -247,10 +246,10 @@ def phase_steps(parts, phase, position):
     """The steps of a phase that starts after `position` epochs: a pure function of seed and position.
 
     A step is a list of (task, batches, exit weights): one entry, or one for each task with --step all_tasks. The
-    batches are up to `accumulate` arrays of rows. Batch k of a task takes entry k of the phase's `exit_weights`, and
+    batches are up to `accumulate` arrays of rows. Step k of a task takes entry k of the phase's `exit_weights`, and
     after the last entry the first one again.
     """
-    settings, batches = parts.settings, {}
+    settings, groups = parts.settings, {}
     sizes = {name: len(rows) for name, rows in parts.rows.items()}
     per_epoch = rows_per_epoch(parts.model.tasks, sizes, settings.data_split)
     for name, chosen in phase_rows(per_epoch, sizes, position, phase.fraction, settings.seed).items():
@@ -258,18 +257,18 @@ def phase_steps(parts, phase, position):
         size = settings.batch_size * parallel.world_size()
         lengths = parts.data[name]["train"].lengths()[rows]
         # each group has one task's rows of an optimiser step, of similar length; the groups are in random order
-        groups = [rows[group] for group in bucketed_batches(lengths, size * settings.accumulate, rng)]
-        batches[name] = [[group[i : i + size] for i in range(0, len(group), size)] for group in groups]
-    counts = {name: len(groups) for name, groups in batches.items()}
+        grouped = [rows[group] for group in bucketed_batches(lengths, size * settings.accumulate, rng)]
+        groups[name] = [[group[i : i + size] for i in range(0, len(group), size)] for group in grouped]
+    counts = {name: len(batches) for name, batches in groups.items()}
     if settings.all_tasks:
         order = all_tasks_order(counts)
     else:
         k, n = phase.part
         rng = make_rng(settings.seed, "order", position)
         order = [[pair] for pair in SAMPLERS[settings.sampler](counts, k / max(1, n - 1), rng)]
-    # e.g. alternating exits: batches 0, 2, 4 of a task train the last exit, batches 1, 3, 5 all exits
+    # e.g. alternating exits: steps 0, 2, 4 of a task train the last exit, steps 1, 3, 5 all exits
     cycle = phase.exit_weights
-    return [[(name, batches[name][b], cycle[b % len(cycle)]) for name, b in step] for step in order]
+    return [[(name, groups[name][k], cycle[k % len(cycle)]) for name, k in step] for step in order]
 
 
 def train_step(parts, optimizer, terms, step, multiplier):
@@ -397,8 +396,8 @@ def train_run(folder, flags, typed):
     building.keep_freed_memory()
     parts = building.build(flags, model, inputs.data, device, {"loss": TaskLoss()})
     print("\n".join(building.parameter_table(model, parts.trainable)))
-    if model.adapters is not None:
-        print("\n".join(parameter_report(model.adapters)))
+    counts = rows_per_epoch(model.tasks, {name: len(rows) for name, rows in parts.rows.items()}, flags["split"])
+    print(f"rows in a pass (--split {flags['split']}):", ", ".join(f"{name} {n:,}" for name, n in counts.items()))
     state = folder.load_last() if config else None
     if not config:
         folder.create(inputs.record(device) | {"bert": asdict(bert.config)}, inputs.weights, flags["overwrite"])
@@ -408,7 +407,7 @@ def train_run(folder, flags, typed):
         half = f"--batch_size {flags['batch_size'] // 2} --accumulate {2 * flags['accumulate']}"
         advice += f", or start again with --overwrite {half}, which takes the same rows in each step"
     try:
-        with spare_memory(advice):
+        with explain_out_of_memory(advice):
             recorder = Recorder(folder, parts, state)
             if config:
                 folder.cut_back(state["log_position"] if state else 0)
@@ -462,10 +461,7 @@ def evaluate_run(folder, flags, typed):
     run, config = load_run(folder.path, device, changes), folder.config()
     if typed & {"early_exit", "exit_policy", "exit_threshold"} and not run.flags["early_exit"]:
         raise InputError(f"{flags['run_dir']}: was trained without --early_exit: it cannot leave early")
-    data, files, _ = building.read_data(run.flags, run.model.tasks, run.tokenizer)
-    if config.get("format") != FORMAT and isinstance(run.infer, ExitInference) and "exit_threshold" not in typed:
-        # an earlier version chose thresholds another way: keep those that the run has
-        run.flags["exit_threshold"] = [f"{name}={value}" for name, value in run.infer.thresholds.items()]
+    data, files, _ = building.read_data(run.flags, run.model.tasks, run.tokenizer, ("dev", "test"))
     for name, path in files.items():
         if sha256(path) not in (config["data"].get(name), config["data"].get(path.name)):
             print(f"note: {path} is not a file of the training run: do not compare its scores with that run's")

@@ -53,9 +53,7 @@ LOCK = ".lock"
 # and no other file.
 FILES = (
     *("config.json", *TOKENIZER_FILES, "log.jsonl", "nan-batch.json", "last.pt"),
-    # the last two, and the next ones, are pictures that earlier versions drew
-    *("best.safetensors", "summary.json", "report.html", "sweep.csv", "sweep.png", "exits.png", "layer-scores.png"),
-    *(f"confusion-{name}.png" for name in TASKS),
+    *("best.safetensors", "summary.json", "report.html", "sweep.csv", "sweep.png"),
     *(f"predictions/{name}-{split}-output.csv" for name in TASKS for split in ("dev", "test")),
     *(f"predictions/{name}-{split}-readable.csv" for name in TASKS for split in ("dev", "test")),
 )
@@ -265,10 +263,15 @@ class RunFolder:
         Raises: InputError where it is missing or damaged.
         """
         path, weights = self.path / "config.json", {"folder": str, "sha256": dict}
+        if not self.path.exists():
+            raise InputError(f"{path}: there is no run here: name the folder of a run with --run_dir")
         with damaged(path):
-            config = {"format": 1} | read_json(path)
+            config = read_json(path)
             require(config, {"flags": dict, "weights": weights, "data": dict, "bert": dict, "format": int})
             BertConfig(**config["bert"])
+        if config["format"] != FORMAT:
+            version = str(config.get("commit", "")).rstrip("+") or "of its time"
+            raise InputError(f"{path}: another version wrote this run: use it with that (git checkout {version})")
         return config
 
     # --- what it writes and reads again ---------------------------------------------------------------------------
@@ -403,9 +406,6 @@ def check_same_run(config, flags, typed):
 
     Raises: InputError.
     """
-    if config.get("format") != FORMAT:
-        version = str(config.get("commit", "")).rstrip("+") or "of its time"
-        raise InputError(f"--resume: another version started this run: resume it with that (git checkout {version})")
     processes, now = config.get("processes", 1), parallel.world_size()
     if processes != now:
         raise InputError(f"this run was started with {processes} processes, not {now}: resume with as many")

@@ -73,16 +73,16 @@ def phase_rows(rows, sizes, start, fraction, seed):
     return chosen
 
 
-# --- task order: {task: number of batches}, progress, generator -> [(task, batch index)] --------------------------
-# `progress` is (e - 1) / (E - 1), or 0 if E is 1: it is 1 in the last epoch. (A schedule's progress counts steps.)
+# --- task order: {task: number of batches}, annealing, generator -> [(task, batch index)] -------------------------
+# `annealing` is (e - 1) / (E - 1) in epoch e of E, or 0 if E is 1: it is 1 in the last epoch.
 
 
-def sequential(counts, progress, rng):
+def sequential(counts, annealing, rng):
     """One task after the other."""
     return [(name, k) for name in counts for k in range(counts[name])]
 
 
-def round_robin(counts, progress, rng):
+def round_robin(counts, annealing, rng):
     """The tasks in turn, until each has used its batches."""
     return [(name, k) for k in range(max(counts.values())) for name in counts if k < counts[name]]
 
@@ -96,25 +96,25 @@ def number_batches(order, counts):
     return numbered
 
 
-def shuffled(counts, progress, rng):
+def shuffled(counts, annealing, rng):
     """All batches in random order."""
     return number_batches(rng.permutation([name for name in counts for _ in range(counts[name])]), counts)
 
 
 def drawn(alpha):
-    """Make the order that draws each step's task with p ~ N^alpha(progress)."""
+    """Make the order that draws each step's task with p ~ N^alpha(annealing)."""
 
-    def order(counts, progress, rng):
-        weights = np.array([count ** alpha(progress) for count in counts.values()])
+    def order(counts, annealing, rng):
+        weights = np.array([count ** alpha(annealing) for count in counts.values()])
         return number_batches(rng.choice(list(counts), size=sum(counts.values()), p=weights / weights.sum()), counts)
 
     return order
 
 
 ALPHAS = {
-    "proportional": lambda progress: 1.0,
-    "sqrt": lambda progress: 0.5,
-    "annealed": lambda progress: 1.0 - 0.8 * progress,
+    "proportional": lambda annealing: 1.0,
+    "sqrt": lambda annealing: 0.5,
+    "annealed": lambda annealing: 1.0 - 0.8 * annealing,
 }
 SAMPLERS = {"sequential": sequential, "round_robin": round_robin, "random": shuffled}
 SAMPLERS |= {name: drawn(alpha) for name, alpha in ALPHAS.items()}

@@ -75,7 +75,7 @@ class Phase:
     """A part of the training with one set of trainable parameters and one choice of exits.
 
     `modules(model)` lists the modules whose parameters train. `exit_weights` is a cycle of {exit layer: weight}, one
-    entry for each batch of a task.
+    entry for each step of a task.
     """
 
     label: str
@@ -194,7 +194,7 @@ def gradual_unfreezing(depth, layer_epochs, second):
 
 # --- the records --------------------------------------------------------------------------------------------------
 
-TITLE = "training plans (BERTer 3.3)"
+TITLE = "training plans (BERTer 3.3; unfreezing: ULMFiT)"
 
 
 def start_plan(flags, depth, has_exits):
@@ -215,10 +215,6 @@ def check_two_stage(flags, typed):
     """Conflicts of the two-stage plan: pairs (applies, sentence)."""
     on = flags["exit_loss"] == "two_stage"
     yield on and flags["slf"], "--exit_loss two_stage and --slf are both plans with a first stage: choose one"
-    for loss in headless_losses(flags):
-        # with mean pooling an exit has no pooler, and a cosine of mean vectors has no head
-        bare = flags["pooling"] != "cls"
-        yield on and bare, f"{loss} and mean pooling leave --exit_loss two_stage no exit to train: add --pooling cls"
 
 
 def build_alternating(flags, depth, plan):
@@ -259,8 +255,8 @@ def check_unfreezing(flags, typed):
     adapted = on and flags["adapter"] != ["none"] and not flags["train_backbone"]
     yield adapted, "--gradual_unfreezing unfreezes BERT, --adapter freezes it: add --train_backbone"
     for loss in headless_losses(flags):
-        # with all layers frozen nothing of the task trains
-        yield on, f"{loss} has no head to train, and --gradual_unfreezing starts with the heads alone"
+        # a mean of the tokens has no pooler either, so the first phase would train nothing of this task
+        yield on and flags["pooling"] != "cls", f"{loss} has no head: with --gradual_unfreezing add --pooling cls"
 
 
 def first_stage(plan, switch, epochs):

@@ -232,7 +232,8 @@ def softmax_divergence(p_logits, q_logits):
 def bernoulli_divergence(p_logits, q_logits):
     """KL(p|q) + KL(q|p) of two Bernoulli distributions; a softmax over one logit would always give 0."""
     p, q = widen(p_logits).squeeze(-1), widen(q_logits).squeeze(-1)  # the logits: [b,1] to [b]
-    return (p.sigmoid() - q.sigmoid()) * (p - q)
+    side = torch.where(p > 0, -1.0, 1.0)  # a sigmoid is exact near 0, not near 1: there 1 - p is compared with 1 - q
+    return ((side * p).sigmoid() - (side * q).sigmoid()) * side * (p - q)
 
 
 def squared_difference(p_outputs, q_outputs):

@@ -16,7 +16,7 @@ from pathlib import Path
 from files import write_whole
 from flags import parse_flags, recorded_flags
 from lab.rows import GROUPS, command_of, recipe_of, slug
-from runs import FORMAT, FREE_FLAGS
+from runs import FREE_FLAGS
 from tasks import TASKS
 
 HERE = Path(__file__).parents[1]
@@ -60,24 +60,10 @@ def flags_of(words):
 # --- reading runs -------------------------------------------------------------------------------------------------
 
 
-def trained_flags(config):
-    """The flags that a run was trained with, in today's spelling, a newer flag with its default.
-
-    In format 1 --bregman and --lnsr took the weight, with 0 for off, and --bregman_tasks the tasks.
-    """
-    flags, recorded = recorded_flags(config, "."), config["flags"]
-    if config.get("format") == FORMAT:
-        return flags
-    for term in ("bregman", "lnsr"):
-        if recorded.get(term):
-            flags |= {term: recorded.get(f"{term}_tasks") or [], f"{term}_weight": recorded[term]}
-    return flags
-
-
 def same_flags(words, config):
     """Whether a run was trained with the flags of a row's command."""
     wanted, is_other = flags_of(words)
-    trained = config["flags"] if is_other else trained_flags(config)
+    trained = config["flags"] if is_other else recorded_flags(config, ".")
     if not is_other:
         # a row may leave this to the weights; the run records the resulting number
         wanted["max_length"] = wanted["max_length"] or trained["max_length"]

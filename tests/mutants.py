@@ -352,7 +352,7 @@ MUTANTS = [
         (
             "tasks-kl-one-logit",
             "tasks.py",
-            "return (p.sigmoid() - q.sigmoid()) * (p - q)",
+            "return ((side * p).sigmoid() - (side * q).sigmoid()) * side * (p - q)",
             "return softmax_divergence(p_logits, q_logits)",
             "The KL divergence of the paraphrase task is a softmax over one logit, which is always 0.",
             "tasks",
@@ -547,7 +547,7 @@ MUTANTS = [
         (
             "samplers-annealed",
             "samplers.py",
-            "1.0 - 0.8 * progress",
+            "1.0 - 0.8 * annealing",
             "1.0 - progress",
             "The annealed exponent ends at 0 instead of 0.2.",
             "samplers",
@@ -656,7 +656,7 @@ MUTANTS = [
         (
             "loop-exit-cycle",
             "multitask_classifier.py",
-            "cycle[b % len(cycle)]",
+            "cycle[k % len(cycle)]",
             "cycle[0]",
             "Alternating exits never come to the second entry of the cycle.",
             "methods:alternating_exits",

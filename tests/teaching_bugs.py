@@ -215,7 +215,7 @@ BUGS = {
     ),
     "softmax of one logit": (
         "tasks.py",
-        "return (p.sigmoid() - q.sigmoid()) * (p - q)",
+        "return ((side * p).sigmoid() - (side * q).sigmoid()) * side * (p - q)",
         "return (p.unsqueeze(-1).softmax(-1) - q.unsqueeze(-1).softmax(-1)).squeeze(-1) * (p - q)",
         "losses",
     ),

@@ -24,9 +24,7 @@ from adapters import (
     Kind,
     LoRA,
     ProjectedAttention,
-    count_parameters,
     make_adapters,
-    parameter_report,
     trained_with,
 )
 from base_bert import BertConfig
@@ -205,26 +203,18 @@ def test_building_draws_from_the_given_generator_only():
 )
 def test_parameters_per_task_of_bert_base(kind, expected):
     adapters = make_adapters(BertConfig(), ["sst"], (kind,), None, seeded())
-    assert count_parameters(adapters) == {kind: {"sst": expected}}
     assert sum(parameter.numel() for parameter in adapters.parameters()) == expected
 
 
 def test_size_is_used_and_rounded_up_to_whole_heads():
     config = make_config(layers=2, hidden=16)  # two heads
-    assert count_parameters(make_adapters(config, ["sst"], ("before",), 5)) == {"before": {"sst": 2 * (160 + 21)}}
-    for size in (5, 6):
-        assert count_parameters(make_adapters(config, ["sst"], ("pal",), size)) == {
-            "pal": {"sst": 2 * 16 * 6 + 2 * 3 * 36}
-        }
-
-
-def test_report_adds_up_and_counts_every_parameter_once():
-    adapters = make_adapters(make_config(), ["sst", "para"], ("lhuc", "pal"), 6, seeded())
-    lines = [line.split() for line in parameter_report(adapters)]
-    assert lines[0] == ["adapter", "sst", "para", "all", "tasks"]
-    assert lines[1] == ["pal", "516", "516", "1,032"]  # 2 * 16 * 6 + 3 layers of 3 * 36
-    assert lines[2] == ["lhuc", "48", "48", "96"]
-    assert sum(parameter.numel() for parameter in adapters.parameters()) == 1032 + 96
+    for kind, size, expected in (
+        ("before", 5, 2 * (160 + 21)),
+        ("pal", 5, 2 * 16 * 6 + 2 * 3 * 36),
+        ("pal", 6, 2 * 16 * 6 + 2 * 3 * 36),
+    ):
+        adapters = make_adapters(config, ["sst"], (kind,), size)
+        assert sum(parameter.numel() for parameter in adapters.parameters()) == expected
 
 
 # ---- LoRA ------------------------------------------------------------------------------------------------
@@ -431,7 +421,8 @@ def test_a_kind_from_outside_needs_one_entry(monkeypatch):
     adapt(model, ("shift", "lhuc"))
     assert torch.equal(model(batch).logits[3], plain)
     assert list(model.adapters.layers[0]["para"]["output"]) == ["shift", "lhuc"]
-    assert count_parameters(model.adapters)["shift"] == dict.fromkeys(model.tasks, 3 * 2 * 16)
+    counted = [p.numel() for name, p in model.adapters.named_parameters() if "para" in name and "shift" in name]
+    assert sum(counted) == 3 * 2 * 16
     losses(model, batch).backward()
     gradients = [p.grad for name, p in model.adapters.named_parameters() if "para.output.shift" in name]
     assert len(gradients) == 3 and all(gradient.any() for gradient in gradients)
@@ -470,12 +461,6 @@ def test_the_record_builds_the_adapters_and_freezes_the_backbone():
     expected = {name for name, _ in model.named_parameters() if name.startswith(("adapters.", "heads."))}
     assert ADAPTERS.trains(flags, model) == expected
     assert ADAPTERS.trains(flags | {"train_backbone": True}, model) is None
-
-
-def test_a_size_that_an_earlier_version_recorded_is_used():
-    flags = {"adapter": ["before"], "adapter_size": 5}
-    adapters = ADAPTERS.adapters(flags, make_config(layers=2), ["sst"], seeded())
-    assert count_parameters(adapters) == {"before": {"sst": 2 * (160 + 21)}}
 
 
 @pytest.mark.parametrize("kinds", [None, ("lora", "lhuc"), ("pal",), ("houlsby",)], ids=str)

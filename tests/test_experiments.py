@@ -204,24 +204,6 @@ def test_a_run_with_other_flags_gives_no_row(tmp_path):
     assert read_row("methods", "PCGrad", Place(tmp_path / "nothing")) is None
 
 
-@pytest.mark.parametrize(
-    ("name", "recorded"),
-    [
-        ("Bregman for SST and STS, seed 1", {"bregman": 1.0, "bregman_tasks": ["sst", "sts"], "lnsr": 0.0}),
-        ("mean pooling, Bregman", {"bregman": 1.0, "lnsr": 0.0}),
-        ("mean pooling, seed 1", {"bregman": 0.0, "lnsr": 0.0}),
-    ],
-)
-def test_a_run_of_the_old_format_is_still_read(tmp_path, name, recorded):
-    """Until format 2, --bregman and --lnsr took a weight; a run without the term is not a run with it."""
-    first, second = Place(tmp_path / "a"), Place(tmp_path / "b")
-    write_run(first.run("core", name), command_of("core", name)[1:], 1, keep_last=False, **recorded)
-    assert read_row("core", name, first)["last"]["norm"] == 0.72
-    recorded = recorded | {"bregman": 1.0 - recorded["bregman"]}
-    write_run(second.run("core", name), command_of("core", name)[1:], 1, **recorded)
-    assert read_row("core", name, second) is None
-
-
 def test_a_run_with_other_flags_is_reported(tmp_path, capsys):
     write_run(tmp_path / "methods" / "pcgrad", [*command_of("methods", "PCGrad")[1:], "--lr", "0.5"])
     assert experiments.collect("methods", ["PCGrad", "GradVac"], Place(tmp_path, tmp_path)) == []

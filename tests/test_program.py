@@ -55,7 +55,7 @@ from errors import InputError
 from evaluation import predict
 from flags import parse_flags
 from multitask_classifier import load_run
-from tasks import build_tasks
+from tasks import TASKS, build_tasks
 
 PROGRAM = Path(multitask_classifier.__file__)
 TASK_NAMES = ("sst", "cfimdb", "para", "sts")
@@ -213,6 +213,9 @@ def test_a_run_with_exits_reports_them_and_sweeps_thresholds(program):
 
 def test_evaluation_reads_other_data_and_refuses_flags_of_training(program, capsys):
     run = program.train("evaluated-elsewhere", "--epochs", 1)
+    counts = {name: len(read_csv(program.data / TASKS[name].file("train"))) for name in ("sst", "sts")}
+    passed = re.search(r"rows in a pass \(--split equal\): sst (\d+), para (\d+), sts (\d+)\n", capsys.readouterr().out)
+    assert [int(n) for n in passed.groups()] == [counts["sst"], counts["sst"], counts["sts"]]
     other = program.folder / "other-sts.csv"
     other.write_text("".join((program.data / "sts-dev.csv").read_text().splitlines(keepends=True)[:8]))
     assert not main(["--option", "evaluate", "--run_dir", str(run)])
@@ -220,6 +223,12 @@ def test_evaluation_reads_other_data_and_refuses_flags_of_training(program, caps
     assert not main(["--option", "evaluate", "--run_dir", str(run), "--sts_dev", str(other)])
     assert capsys.readouterr().out.count(f"{other} is not a file of the training run") == 1
     assert len(read_csv(run / "evaluate" / "predictions" / "sts-dev-readable.csv")) == 7
+    # the training files are not needed
+    elsewhere = program.path("without-training-files")
+    elsewhere.mkdir()
+    for path in (path for path in program.data.iterdir() if "train" not in path.name):
+        (elsewhere / path.name).write_bytes(path.read_bytes())
+    assert not main(["--option", "evaluate", "--run_dir", str(run), "--data_dir", str(elsewhere)])
     with pytest.raises(InputError, match="--lr: belongs to training"):
         main(["--option", "evaluate", "--run_dir", str(run), "--lr", "0.1"])
     with pytest.raises(InputError, match="--run_dir"):
@@ -895,7 +904,7 @@ BAD_FLAGS = [
     (("--layer_decay", "1.5"), "--layer_decay"),
     (("--gradual_unfreezing", "--slf"), "--gradual_unfreezing"),
     (("--gradual_unfreezing", "--adapter", "lora"), "--train_backbone"),
-    (("--gradual_unfreezing", "--pairs", "siamese", "--sts_loss", "cosine"), "--sts_loss cosine"),
+    (("--gradual_unfreezing", "--pairs", "siamese", "--sts_loss", "cosine", "--pooling", "mean"), "--sts_loss cosine"),
     (("--layer_decay", "0.5", "--adapter", "lora"), "--train_backbone"),
     (("--train_rows", "sst=0"), "sst=0"),
     (("--train_rows", "cfimdb=5"), "cfimdb"),
@@ -924,6 +933,31 @@ def test_weights_with_one_kind_of_segment_take_no_packed_pairs(fresh):
     path = fresh.weights / "config.json"
     path.write_text(path.read_text().replace('"type_vocab_size": 2', '"type_vocab_size": 1'))
     assert "--pairs para=siamese sts=siamese" in fresh.refused("run")
+
+
+def test_early_exit_needs_two_layers_and_two_dev_rows(fresh):
+    """Thresholds are chosen on some dev rows and scored on others, and an exit comes before the last layer."""
+    one = fresh.folder / "one.csv"
+    one.write_text("".join((fresh.data / "sts-dev.csv").read_text().splitlines(keepends=True)[:2]))
+    assert "give two dev rows of sts" in fresh.refused("run", "--early_exit", "--sts_dev", one)
+    path = fresh.weights / "config.json"
+    path.write_text(path.read_text().replace('"num_hidden_layers": 2', '"num_hidden_layers": 1'))
+    assert "has one layer" in fresh.refused("run", "--early_exit")
+
+
+def test_a_preset_that_does_not_fit_is_named(program):
+    refused = program.refused("run", "--preset", "best", "--tasks", "sst")
+    assert refused.startswith("--bregman sts: not among --tasks sst (--preset best stands for --epochs 3")
+
+
+def test_a_folder_without_a_run_and_a_run_of_another_version_are_named(program, whole, tmp_path):
+    config = json.loads((whole / "config.json").read_text()) | {"format": 1, "commit": "0123456789ab+"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for flags in (("--resume",), ("--option", "evaluate")):
+        command = [*flags, "--run_dir", str(tmp_path / "nowhere")]
+        assert refusal(main, command).startswith(f"{tmp_path / 'nowhere' / 'config.json'}: there is no run here")
+        line = refusal(main, [*flags, "--run_dir", str(tmp_path)])
+        assert "another version wrote this run" in line and "git checkout 0123456789ab)" in line
 
 
 def test_a_run_is_named_by_what_differs_from_the_defaults(program):

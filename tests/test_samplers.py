@@ -116,8 +116,8 @@ def test_rows_differ_with_seed_and_task_and_not_by_the_call():
 # --- task order ---------------------------------------------------------------------------------------------
 
 
-def order(sampler, seed=0, steps=STEPS, progress=0.0):
-    return SAMPLERS[sampler](steps, progress, make_rng(seed, "order"))
+def order(sampler, seed=0, steps=STEPS, annealing=0.0):
+    return SAMPLERS[sampler](steps, annealing, make_rng(seed, "order"))
 
 
 @pytest.mark.parametrize("sampler", ["sequential", "round_robin", "random"])
@@ -147,24 +147,24 @@ def test_random_is_seeded_and_mixes():
 
 @pytest.mark.parametrize("sampler", ["proportional", "sqrt", "annealed"])
 def test_the_sampling_orders_keep_the_steps_and_cycle_batches(sampler):
-    found = order(sampler, progress=0.5)
+    found = order(sampler, annealing=0.5)
     assert len(found) == sum(STEPS.values())
-    assert found == order(sampler, progress=0.5)
-    assert found != order(sampler, seed=1, progress=0.5)
+    assert found == order(sampler, annealing=0.5)
+    assert found != order(sampler, seed=1, annealing=0.5)
     for name, size in STEPS.items():
         used = [k for task, k in found if task == name]
         assert used == [i % size for i in range(len(used))]
 
 
 def test_alphas_by_hand():
-    """Five epochs: alpha 1, .8, .6, .4, .2; one epoch has progress 0 and so alpha 1."""
+    """Five epochs: alpha 1, .8, .6, .4, .2; one epoch has annealing 0 and so alpha 1."""
     assert [ALPHAS["annealed"](e / 4) for e in range(5)] == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2])
     assert ALPHAS["annealed"](0) == ALPHAS["proportional"](0.7) == 1.0
     assert ALPHAS["sqrt"](0.7) == 0.5
 
 
 @pytest.mark.parametrize(
-    "sampler, progress, shares",
+    "sampler, annealing, shares",
     [
         ("proportional", 0.3, (0.9, 0.1)),
         ("sqrt", 0.3, (0.75, 0.25)),
@@ -173,9 +173,9 @@ def test_alphas_by_hand():
         ("annealed", 1.0, (1.5518 / 2.5518, 1 / 2.5518)),
     ],
 )
-def test_tasks_are_drawn_in_proportion_to_a_power_of_their_size(sampler, progress, shares):
+def test_tasks_are_drawn_in_proportion_to_a_power_of_their_size(sampler, annealing, shares):
     """Nine to one: 9^1 : 1 is .9, 9^.5 : 1 is .75; 20,000 draws have a standard error below .0036."""
-    found = [task for task, _ in order(sampler, steps={"a": 18_000, "b": 2_000}, progress=progress)]
+    found = [task for task, _ in order(sampler, steps={"a": 18_000, "b": 2_000}, annealing=annealing)]
     assert found.count("a") / len(found) == pytest.approx(shares[0], abs=0.015)
 
 

@@ -158,6 +158,16 @@ def test_bernoulli_divergence_is_the_symmetrised_kl():
     torch.testing.assert_close(bernoulli_divergence(p, q), expected, rtol=1e-10, atol=1e-12)
 
 
+def test_bernoulli_divergence_of_certain_pairs_keeps_its_digits():
+    """In float32 the sigmoids of 14 and 14.01 are equal. The closed form: (p - q) sinh((p - q)/2) / (2 cosh cosh)."""
+    p = torch.tensor([[6.0], [10.0], [14.0], [30.0], [-14.0]])
+    q = p + 0.01
+    a, b = p.double(), q.double()
+    exact = (a - b) * torch.sinh((a - b) / 2) / (2 * torch.cosh(a / 2) * torch.cosh(b / 2))
+    assert (exact > 0).all()
+    torch.testing.assert_close(bernoulli_divergence(p, q).double(), exact.squeeze(-1), rtol=1e-4, atol=0.0)
+
+
 def test_bernoulli_divergence_is_not_the_softmax_over_one_logit():
     """p = 3/4, q = 1/4: (3/4 - 1/4) (ln 3 + ln 3) = ln 3, where a softmax over one logit gives 0."""
     p, q = torch.tensor([[math.log(3)]]), torch.tensor([[-math.log(3)]])
