@@ -172,44 +172,44 @@ class SharedProjections(nn.Module):
             nn.init.normal_(linear.weight, 0.0, std, generator)
 
 
-def pal_size(size, config):
+def pal_size(config):
     """Return the width m of a PAL, rounded up so that the heads divide it."""
     heads = config.num_attention_heads
-    return math.ceil((size or PAL_SIZE) / heads) * heads
+    return math.ceil(PAL_SIZE / heads) * heads
 
 
-def make_bottleneck(config, size, generator):
+def make_bottleneck(config, generator):
     """Make a bottleneck adapter."""
-    return Bottleneck(config.hidden_size, size or BOTTLENECK_SIZE, generator)
+    return Bottleneck(config.hidden_size, BOTTLENECK_SIZE, generator)
 
 
-def make_pal(config, size, generator):
+def make_pal(config, generator):
     """Make the attention of a PAL in one layer."""
-    return ProjectedAttention(pal_size(size, config), config.num_attention_heads, config.initializer_range, generator)
+    return ProjectedAttention(pal_size(config), config.num_attention_heads, config.initializer_range, generator)
 
 
-def make_projections(config, size, generator):
+def make_projections(config, generator):
     """Make the projections that a task's PALs share."""
-    return SharedProjections(config.hidden_size, pal_size(size, config), config.initializer_range, generator)
+    return SharedProjections(config.hidden_size, pal_size(config), config.initializer_range, generator)
 
 
-def make_lora(config, size, generator):
+def make_lora(config, generator):
     """Make the low-rank matrices of one projection."""
-    return LoRA(config.hidden_size, size or LORA_RANK, config.initializer_range, generator)
+    return LoRA(config.hidden_size, LORA_RANK, config.initializer_range, generator)
 
 
-def make_lhuc(config, size, generator):
+def make_lhuc(config, generator):
     """Make the scales of a layer's hidden units."""
     return LHUC(config.hidden_size)
 
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of adapter: where it sits and how it is built. `size` is a number of units, or None for the default."""
+    """One kind of adapter: where it sits and how it is built."""
 
     sites: tuple  # those of SITES that get a module each
-    make: Callable  # (config, size, generator) -> module(output, context)
-    make_shared: Callable | None = None  # (config, size, generator) -> the module that a task's layers share
+    make: Callable  # (config, generator) -> module(output, context)
+    make_shared: Callable | None = None  # (config, generator) -> the module that a task's layers share
     layer_norms: bool = False  # whether BERT's LayerNorms train with it
     addable: bool = False  # whether it may be added to another kind; then it acts after that one
 
@@ -261,16 +261,16 @@ class Adapters(nn.Module):
         return adapt
 
 
-def make_adapters(config, task_names, kinds, size=None, generator=None):
+def make_adapters(config, task_names, kinds, generator=None):
     """Make the adapters of some kinds for every layer and task, drawn from the generator.
 
-    `kinds` are names of KINDS: one, and any addable ones. `size` overrides the sizes above.
+    `kinds` are names of KINDS: one, and any addable ones.
     """
     ordered = sorted((kind for kind in KINDS if kind in kinds), key=lambda kind: KINDS[kind].addable)
 
     def make_site(site):
         chosen = [kind for kind in ordered if site in KINDS[kind].sites]
-        return nn.ModuleDict({kind: KINDS[kind].make(config, size, generator) for kind in chosen})
+        return nn.ModuleDict({kind: KINDS[kind].make(config, generator) for kind in chosen})
 
     def make_task():
         return nn.ModuleDict({site: make_site(site) for site in SITES})
@@ -280,7 +280,7 @@ def make_adapters(config, task_names, kinds, size=None, generator=None):
     )
     # at most one of the kinds has a shared part, since no addable kind has one
     makers = [KINDS[kind].make_shared for kind in ordered if KINDS[kind].make_shared]
-    shared = nn.ModuleDict({name: make(config, size, generator) for make in makers for name in task_names})
+    shared = nn.ModuleDict({name: make(config, generator) for make in makers for name in task_names})
     return Adapters(layers, shared)
 
 
@@ -335,7 +335,7 @@ def build_chosen(flags, config, task_names, generator):
     """Build the adapters that --adapter names, or None."""
     if flags["adapter"] == ["none"]:
         return None
-    return make_adapters(config, task_names, flags["adapter"], generator=generator)
+    return make_adapters(config, task_names, flags["adapter"], generator)
 
 
 def trains(flags, model):

@@ -11,6 +11,7 @@ import torch
 from tiny import make_batch, make_config, make_model
 from torch import nn
 
+import adapters as adapters_file
 from adapters import (
     ADAPTERS,
     BOTTLENECK_STD,
@@ -39,9 +40,9 @@ def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def adapt(model, kinds, size=6, random=False, dtype=torch.float64):
+def adapt(model, kinds, random=False, dtype=torch.float64):
     """Give a tiny model adapters; `random` fills all their parameters, so that none is the identity."""
-    adapters = make_adapters(model.bert.config, list(model.tasks), kinds, size, seeded())
+    adapters = make_adapters(model.bert.config, list(model.tasks), kinds, seeded())
     generator = seeded(1)
     if random:
         for parameter in adapters.parameters():
@@ -166,7 +167,7 @@ def test_identity_at_start_to_the_bit(kinds, precision):
     batch = make_batch(model.tasks["sts"])
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
         plain = model(batch)
-        adapted = adapt(model, kinds, size=None, dtype=dtype)(batch)
+        adapted = adapt(model, kinds, dtype=dtype)(batch)
         assert torch.equal(adapted.logits[3], plain.logits[3])
         assert adapted.logits[3].dtype == plain.logits[3].dtype
         random = adapt(model, kinds, random=True, dtype=dtype)(batch)
@@ -183,7 +184,7 @@ def test_bottleneck_starts_truncated_normal():
 def test_building_draws_from_the_given_generator_only():
     before = torch.get_rng_state()
     first, again, other = (
-        make_adapters(make_config(), ["sst"], ("pal", "houlsby"), None, seeded(s)).state_dict() for s in (5, 5, 6)
+        make_adapters(make_config(), ["sst"], ("pal", "houlsby"), seeded(s)).state_dict() for s in (5, 5, 6)
     )
     assert torch.equal(torch.get_rng_state(), before)
     assert all(torch.equal(first[name], again[name]) for name in first)
@@ -202,19 +203,15 @@ def test_building_draws_from_the_given_generator_only():
     ],
 )
 def test_parameters_per_task_of_bert_base(kind, expected):
-    adapters = make_adapters(BertConfig(), ["sst"], (kind,), None, seeded())
+    adapters = make_adapters(BertConfig(), ["sst"], (kind,), seeded())
     assert sum(parameter.numel() for parameter in adapters.parameters()) == expected
 
 
-def test_size_is_used_and_rounded_up_to_whole_heads():
-    config = make_config(layers=2, hidden=16)  # two heads
-    for kind, size, expected in (
-        ("before", 5, 2 * (160 + 21)),
-        ("pal", 5, 2 * 16 * 6 + 2 * 3 * 36),
-        ("pal", 6, 2 * 16 * 6 + 2 * 3 * 36),
-    ):
-        adapters = make_adapters(config, ["sst"], (kind,), size)
-        assert sum(parameter.numel() for parameter in adapters.parameters()) == expected
+def test_the_width_of_a_pal_is_rounded_up_to_whole_heads(monkeypatch):
+    for width in (5, 6):  # two heads
+        monkeypatch.setattr(adapters_file, "PAL_SIZE", width)
+        adapters = make_adapters(make_config(layers=2, hidden=16), ["sst"], ("pal",))
+        assert sum(parameter.numel() for parameter in adapters.parameters()) == 2 * 16 * 6 + 2 * 3 * 36
 
 
 # ---- LoRA ------------------------------------------------------------------------------------------------
@@ -230,7 +227,7 @@ def test_lora_by_hand():
 
 
 def test_lora_starts_normal_and_zero():
-    lora = make_adapters(BertConfig(num_hidden_layers=1), ["sst"], ("lora",), None, seeded()).layers[0]["sst"]
+    lora = make_adapters(BertConfig(num_hidden_layers=1), ["sst"], ("lora",), seeded()).layers[0]["sst"]
     assert [site for site in SITES if len(lora[site])] == ["query", "value"]
     module = lora["query"]["lora"]
     assert module.down.weight.shape == (LORA_RANK, 768) and module.up.weight.shape == (768, LORA_RANK)
@@ -414,7 +411,7 @@ class Shift(nn.Module):
 
 def test_a_kind_from_outside_needs_one_entry(monkeypatch):
     """It sits at its places, draws, counts and trains like the others, with lhuc after it, and is a choice."""
-    monkeypatch.setitem(KINDS, "shift", Kind(("key", "output"), lambda config, size, generator: Shift(16)))
+    monkeypatch.setitem(KINDS, "shift", Kind(("key", "output"), lambda config, generator: Shift(16)))
     model = make_model()
     batch = make_batch(model.tasks["para"])
     plain = model(batch).logits[3]

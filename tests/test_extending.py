@@ -73,7 +73,7 @@ def registered(monkeypatch):
         samplers.SAMPLERS, "reversed", lambda steps, progress, rng: samplers.sequential(steps, progress, rng)[::-1]
     )
     monkeypatch.setitem(
-        adapters.KINDS, "scale", adapters.Kind(("output",), lambda config, size, generator: Scale(config.hidden_size))
+        adapters.KINDS, "scale", adapters.Kind(("output",), lambda config, generator: Scale(config.hidden_size))
     )
     monkeypatch.setattr(tasks, "TASKS", tasks.TASKS)
     module_of(TASK_CODE, "nli")

@@ -194,7 +194,7 @@ def chosen(model, phase):
 def deep_model(depth, kinds=("before", "pal")):
     """A model with exits and adapters."""
     tasks = build_tasks()
-    adapters = make_adapters(make_config(depth), list(tasks), list(kinds), generator=torch.Generator().manual_seed(0))
+    adapters = make_adapters(make_config(depth), list(tasks), list(kinds), torch.Generator().manual_seed(0))
     return make_model(tasks, layers=depth, with_exits=True, adapters=adapters)
 
 
