@@ -229,7 +229,7 @@ KINDS = {
 
 
 class Adapters(nn.Module):
-    """The adapters of all layers and tasks, which BERT calls through its adapter slot.
+    """The adapters of all layers and tasks, which BERT calls through its slot `make_adapt`.
 
     `layers[i][task][site][kind]` is one adapter, `shared[task]` the part that a task's layers share.
     """
@@ -240,9 +240,9 @@ class Adapters(nn.Module):
         self.shared = shared
 
     def attach(self, bert):
-        """Put the adapters into the slot of a BertModel."""
-        # The method, not the module: assigning the module would register its parameters a second time, under bert.
-        bert.adapters = self.forward
+        """Put them into the slot of a BertModel."""
+        # the method, not the module, whose parameters would be registered a second time, under bert
+        bert.make_adapt = self.forward
 
     def forward(self, layer_index, task_name, h, extended_mask):
         """Return the function adapt(site, output) of one layer for a task.

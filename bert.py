@@ -148,8 +148,8 @@ def build_embedding(rows, d, padding_idx=None):
 class BertModel(BertPreTrainedModel):
     """BERT without a task: embeddings, layers and pooler.
 
-    `attention` is "plain" (written out) or "sdpa" (PyTorch's fused kernel). `adapters` is None or a function:
-    adapters(layer_index, task_name, h, extended_mask) returns the `adapt` of one layer (see BertLayer).
+    `attention` is "plain" (written out) or "sdpa" (PyTorch's fused kernel). `make_adapt` is None or a function:
+    make_adapt(layer_index, task_name, h, extended_mask) returns the `adapt` of one layer (see BertLayer).
 
     Source: Devlin et al. (2019), section 3.
     """
@@ -165,7 +165,7 @@ class BertModel(BertPreTrainedModel):
         self.bert_layers = nn.ModuleList(BertLayer(config, attention) for _ in range(config.num_hidden_layers))
         self.pooler_dense = nn.Linear(d, d)
         self.pooler_af = nn.Tanh()
-        self.adapters = None
+        self.make_adapt = None
         # from_pretrained builds on the meta device, where tensors have no numbers to draw
         if not self.pooler_dense.weight.is_meta:
             self.init_weights(generator)
@@ -209,8 +209,8 @@ class BertModel(BertPreTrainedModel):
         extended_mask = self.extend_mask(mask, h.dtype)
         for layer_index in range(start, self.config.num_hidden_layers if stop is None else stop):
             adapt = unchanged
-            if self.adapters is not None and task_name is not None:
-                adapt = self.adapters(layer_index, task_name, h, extended_mask)
+            if self.make_adapt is not None and task_name is not None:
+                adapt = self.make_adapt(layer_index, task_name, h, extended_mask)
             h = self.bert_layers[layer_index](h, extended_mask, adapt)
             yield layer_index + 1, h
 

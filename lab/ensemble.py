@@ -30,7 +30,7 @@ from runs import RunFolder, describe_environment, memory_mib
 def predict_member(path, data_dir):
     """The predictions of one run: {(task, split): Predictions} of dev's usable rows and of all test rows."""
     run = load_run(path, torch.device("cpu"), {"data_dir": data_dir} if data_dir else {})
-    data, _, _ = building.read_data(run.flags, run.model.tasks, run.tokenizer)
+    data, _, _ = building.read_data(run.flags, run.model.tasks, run.tokenizer, ("dev", "test"))
     autocast = building.make_autocast(run.flags["precision"], torch.device("cpu"))
     options = {"batch_size": run.flags["eval_batch_size"], "autocast": autocast}
     predictions = {}

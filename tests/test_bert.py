@@ -329,7 +329,7 @@ def test_adapter_sees_each_site_and_replaces_its_output():
     plain = dict(model.encode(h, mask))
     layers, sites = [], []
 
-    def adapters(layer_index, task, layer_input, extended_mask):
+    def make_adapt(layer_index, task, layer_input, extended_mask):
         assert layer_input is h and extended_mask.shape == (3, 1, 1, 9)
         layers.append((layer_index, task))
 
@@ -342,7 +342,7 @@ def test_adapter_sees_each_site_and_replaces_its_output():
 
         return adapt
 
-    model.adapters = adapters
+    model.make_adapt = make_adapt
     layer = model.bert_layers[1]
     adapted = dict(model.encode(h, mask, task_name="sst", start=1))[2]
     assert layers == [(1, "sst")] and sites == SITES
@@ -351,7 +351,7 @@ def test_adapter_sees_each_site_and_replaces_its_output():
     # without a task nothing is adapted, and an adapter may return what it gets
     assert torch.equal(dict(model.encode(h, mask))[2], plain[2])
     assert torch.equal(model(input_ids, mask, types)["last_hidden_state"], plain[2])
-    model.adapters = lambda *_: bert.unchanged
+    model.make_adapt = lambda *_: bert.unchanged
     assert torch.equal(dict(model.encode(h, mask, "sst"))[2], plain[2])
 
 
@@ -362,10 +362,10 @@ def test_adapted_projections_equal_a_model_with_such_weights(attention):
     batch = random_batch(model.config)
     extra = {site: torch.randn(16, 16, dtype=torch.float64) for site in SITES[:3]}
 
-    def adapters(layer_index, task, h, extended_mask):
+    def make_adapt(layer_index, task, h, extended_mask):
         return lambda site, output: output + h @ extra[site].T if site in extra else output
 
-    model.adapters = adapters
+    model.make_adapt = make_adapt
     with torch.no_grad():
         for layer in merged.bert_layers:
             for site, matrix in extra.items():

@@ -69,7 +69,7 @@ def make_exits(encoding="concat", dtype=torch.float64, adapters=False, layers=4,
         for parameter in heads.parameters():
             nn.init.normal_(parameter, 0.0, 1.0, generator=generator)
     if adapters:
-        model.bert.adapters = MaskedMean()
+        model.bert.make_adapt = MaskedMean()
     return model.to(dtype).eval(), tasks
 
 
