@@ -46,7 +46,7 @@ class Batch:
 
     Shapes: each segment is (input_ids, mask, segment_ids), each [b,s]; labels [b] or None; features [b,w] or None.
     Features are the cached states of a frozen BERT, the input of the head. A batch with features has no segments.
-    `share` is (positions of these rows, n) in the batch of n rows that all processes share.
+    Where several processes split a batch, `place` is (the positions of these rows in it, its number of rows).
     """
 
     task: object
@@ -54,7 +54,7 @@ class Batch:
     labels: torch.Tensor | None
     ids: tuple
     features: torch.Tensor | None = None
-    share: tuple | None = None
+    place: tuple | None = None
 
     def __len__(self):
         return len(self.ids)

@@ -133,7 +133,7 @@ class NoiseTerm(SmoothnessTerm):
         has the same noise with any number of processes.
         Shapes: hidden: one [b,s,d] per encoder pass; returns the same.
         """
-        positions, rows = batch.share or (slice(None), len(hidden[0]))
+        positions, rows = batch.place or (slice(None), len(hidden[0]))
         noise = []
         for h, mask in zip(hidden, masks, strict=True):
             device = self.generator.device  # CUDA if the model is there, otherwise the CPU

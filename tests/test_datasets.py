@@ -518,7 +518,7 @@ def test_processes_that_share_a_batch_have_equal_widths(read, encoding):
     for positions in (slice(0, None, 2), slice(1, None, 2), slice(3, 4)):
         part = data.batch(order, positions)
         assert part.ids == entire.ids[positions] and torch.equal(part.labels, entire.labels[positions])
-        assert part.share == (positions, len(data))
+        assert part.place == (positions, len(data))
         for ours, theirs in zip(part.segments, entire.segments, strict=True):
             assert all(torch.equal(x, y[positions]) for x, y in zip(ours, theirs, strict=True))
 

@@ -336,7 +336,7 @@ def test_a_share_of_a_batch_is_padded_like_the_whole(program, encoding, max_leng
     assert [ids.shape for ids, _, _ in whole.segments] == [(5, length) for length in longest]
     for positions in (slice(0, 5, 2), slice(1, 5, 2), slice(0, 1)):
         part = data.batch(rows, positions)
-        assert part.ids == whole.ids[positions] and part.share == (positions, 5)
+        assert part.ids == whole.ids[positions] and part.place == (positions, 5)
         assert torch.equal(part.labels, whole.labels[positions])
         for ours, theirs in zip(part.segments, whole.segments, strict=True):
             assert all(torch.equal(x, y[positions]) for x, y in zip(ours, theirs, strict=True))

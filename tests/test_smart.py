@@ -183,7 +183,7 @@ def test_an_example_has_the_same_term_whichever_examples_it_is_computed_with(mak
     for positions in (slice(0, 5, 2), slice(1, 5, 2)):
         segments = tuple(tuple(x[positions] for x in segment) for segment in batch.segments)
         half = replace(batch, segments=segments, labels=batch.labels[positions], ids=batch.ids[positions])
-        half = replace(half, share=(positions, 5))
+        half = replace(half, place=(positions, 5))
         assert torch.allclose(make_term()(model, half, *forward(model, half)), together[positions], rtol=1e-9)
 
 
