@@ -199,7 +199,7 @@ def record_rows(group, place):
 
 
 def report(results, data_dir=""):
-    """Write all pages and pictures of results/ again from the recorded rows: no weights, no run is read.
+    """Write all pages and pictures of results/, and README's table, from the recorded rows: no weights, no run is read.
 
     With a folder of the data, what needs the dev labels is computed and recorded first.
     """
@@ -217,6 +217,8 @@ def report(results, data_dir=""):
         pages.write_page(group, source, results)
     draw_sweep(results / "sweep.csv", results)
     findings.write_findings(source, results)
+    if (readme := results.parent / "README.md").exists():
+        pages.write_readme(source, readme)
 
 
 def cut_data(data_dir, target, fraction):

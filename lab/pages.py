@@ -7,13 +7,17 @@ typed page; their table is written between its markers. A row without a record i
 
 import csv
 import io
+import re
 import tomllib
 from pathlib import Path
+from statistics import mean
 
+from errors import InputError
 from files import write_whole
 from lab.numbers import against_baseline, all_descriptions, fill, read_numbers
 from lab.panels import PANELS, TITLES
 from lab.pictures import draw
+from lab.record import recipes
 from lab.rows import GROUPS, own_words
 from lab.sections import SECTIONS, comparison_table, exits_csv
 from lab.tables import COLUMNS, caption, comparable_differences, markdown, replace_between, table
@@ -110,3 +114,37 @@ def write_page(group, source, results):
         write_whole(results / f"{group}-sweep.csv", exits_csv(rows))
     if panels := PANELS[group](rows) if group in PANELS else []:
         draw(results / f"{group}.png", panels, TITLES[group])
+
+
+# --- README's table -----------------------------------------------------------------------------------------------
+
+# {the first cell of a line of README's table of scores: the group and the recipe of its numbers}
+README_ROWS = {
+    "BERT frozen, heads trained for 10 epochs": ("core", "pretrain (BERT frozen)"),
+    "fine-tuned, sentence vector from [CLS]": ("core", "[CLS]"),
+    "fine-tuned, mean over all tokens (the default)": ("core", "mean pooling"),
+    "the same with a Bregman term (smart.py) for SST and STS": ("core", "Bregman for SST and STS"),
+    "the same tasks with transformers, 4 epochs, [CLS]": ("core", "transformers"),
+    "Sequential Layer Focus (SLF), early exit, [CLS], 2 epochs": ("exits", "SLF + early exit"),
+    "early exit, mean over all tokens": ("exits", "early exit, mean pooling"),
+}
+
+
+def readme_cells(runs):
+    """The numbers of a line: seeds, scores after the last epoch, minutes from the fastest to the slowest run, GiB."""
+    scores = [f"{mean(row['last'][key] for row in runs):.3f}".lstrip("0") for key in ("sst", "para", "sts", "norm")]
+    ends = [of(row["train_seconds"] for row in runs) / 60 for of in (min, max)]
+    minutes = dict.fromkeys(f"{end:.{0 if end > 1 else 1}f}" for end in ends)  # equal ones count once
+    memory = mean(row["peak_mib"] for row in runs if row["peak_mib"]) / 1024
+    return [f"{len(runs)}", *scores, "–".join(minutes), f"{memory:.1f}"]
+
+
+def write_readme(source, path):
+    """Write the numbers of README's table again, in the lines that begin with the labels of README_ROWS."""
+    text = path.read_text()
+    for label, (group, recipe) in README_ROWS.items():
+        cells = readme_cells(recipes(source.load(group))[recipe])
+        text, count = re.subn(rf"(?m)^\| {re.escape(label)} \|.*$", f"| {' | '.join([label, *cells])} |", text)
+        if count != 1:
+            raise InputError(f"{path}: {count} lines begin with | {label} |, not one: see README_ROWS in pages.py")
+    write_whole(path, text)
