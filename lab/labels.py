@@ -177,8 +177,8 @@ def record(source, described, errors_of, data_dir):
             if all(task.name in row["measured"]["predictions"] for row in rows)
         }
         if len(rows) == 1:
-            # the norm where rows leave early minus that of the last layer
+            # the norm where rows leave early minus that of the last layer, the mean over the seeds
             known = source.errors().get(name, {}).get("cost")
-            by_task["cost"] = known or bootstrap(dev, "norm", [rows, rows], ("left_values", "values"))
+            by_task["cost"] = known or bootstrap(dev, "norm", sides * 2, ("left_values", "values"))
         errors[name] = {"of": of, "digest": digest(*sides)} | by_task
     return {"intervals": intervals, "errors": errors}

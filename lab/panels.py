@@ -284,7 +284,7 @@ PANELS = {
 BARS = "bars: one standard deviation from seed to seed"
 TITLES = {
     "berter-table2": f"BERTer's Table 2: best dev score ({BARS})",
-    "exit-thresholds": "Early exit: dev score against layers",
+    "exit-thresholds": "Early exit: dev score against layers, and against time for one seed of joint",
     "slf-ablation": f"Training layer by layer, at equal compute ({BARS})",
     "embedding-order": f"Pair encodings: mean or [CLS] pooling ({BARS})",
     "smart-when": "What SMART adds to the dev score; the legend names its tasks (grey: 95% of mere noise)",

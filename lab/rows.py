@@ -445,7 +445,6 @@ SCORE = Group(
     "--epochs 3 --epoch_size 1 --batch_size 16 --pooling mean --bregman sst sts",
     RECIPE | {"ensemble of three seeds": f"-m {ENSEMBLE} {' '.join(map(slug, RECIPE))}"},
     question="What do three models of the best recipe score, alone and as an ensemble?",
-    baseline="best recipe",
     columns=(*SCORES, "best norm", "Quora positive", *COST),
 )
 GROUPS = {
