@@ -396,6 +396,10 @@ def build_optimizer(flags, kind, model):
 
 def build(flags, model, data, device, terms):
     """Fill the loop's slots as the flags say. `terms` is {name: loss term} of those that every run has."""
+    exit_settings = first(method.exit_settings(flags, model.tasks) for method in METHODS)
+    for name, splits in data.items():
+        if exit_settings and len(splits["dev"].usable) < 2:
+            raise InputError(f"--early_exit: give two dev rows of {name}: some choose its threshold, others are scored")
     if flags["compile"]:
         compile_layers(model.bert, device, COMPILER)
     scaler = torch.amp.GradScaler(device.type, enabled=flags["precision"] == "fp16")
@@ -407,10 +411,6 @@ def build(flags, model, data, device, terms):
             name: {split: cache_features(model, dataset, size, precision) for split, dataset in splits.items()}
             for name, splits in data.items()
         }
-    exit_settings = first(method.exit_settings(flags, model.tasks) for method in METHODS)
-    for name, splits in data.items():
-        if exit_settings and len(splits["dev"].usable) < 2:
-            raise InputError(f"--early_exit: give two dev rows of {name}: some choose its threshold, others are scored")
     weights = per_task(flags["task_weights"], "--task_weights", list(data), positive)
     order = torch.Generator().manual_seed(flags["seed"])
     return Parts(

@@ -12,6 +12,7 @@ from tasks import build_tasks
 
 LAYERS, TIME = "mean number of layers", "milliseconds per example"
 AXIS = {"sst": "SST accuracy", "para": "Quora accuracy", "sts": "STS Pearson r", "norm": "norm"}
+NAMES = {name: task.title for name, task in build_tasks().items()} | {"norm": "all tasks"}
 
 
 def spread(values, noise):
@@ -101,9 +102,8 @@ def exit_thresholds(rows):
             timed.setdefault(name, {})[recipe] = {"x": x, "y": y, "style": k}
     panels.append({"title": "all tasks, thresholds chosen on other dev rows; all layers", "x": LAYERS, "y": "norm"})
     panels[-1]["curves"] = chosen
-    titles = {name: task.title for name, task in build_tasks().items()} | {"norm": "all tasks"}
     for name, curves in timed.items():
-        panels.append({"title": f"{titles[name]}, one threshold", "x": TIME, "y": AXIS[name], "curves": curves})
+        panels.append({"title": f"{NAMES[name]}, one threshold", "x": TIME, "y": AXIS[name], "curves": curves})
     return drop_empty(panels)
 
 
@@ -214,7 +214,6 @@ def smarter(rows):
         task: {name: loss_curve(row, f"{task} loss") | {"style": k} for k, (name, row) in enumerate(curves.items())}
         for task in ("sst", "para", "sts")
     }
-    titles = {name: task.title for name, task in build_tasks().items()}
     by_split = {
         f"{name} split": loss_curve(row, "sst loss") | {"style": k + 2} for k, (name, row) in enumerate(splits.items())
     }
@@ -227,7 +226,7 @@ def smarter(rows):
     return drop_empty(
         [
             *(
-                {"title": f"figure 1: training, {titles[task]}", "x": "steps", "y": "loss", "curves": lines}
+                {"title": f"figure 1: training, {NAMES[task]}", "x": "steps", "y": "loss", "curves": lines}
                 for task, lines in train.items()
             ),
             {"title": "figure 1: dev score", "x": "passes over a tenth of the rows", "y": "norm", "curves": dev},

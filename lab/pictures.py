@@ -10,7 +10,7 @@ import math
 from matplotlib.figure import Figure
 
 from files import write_whole
-from tasks import TASKS
+from lab.panels import AXIS, LAYERS, NAMES, TIME
 
 # colours of different lightness (Okabe and Ito), line styles and markers
 STYLES = (
@@ -115,12 +115,12 @@ def draw_sweep(path, results):
     """Draw the sweep of results/exits.md from its CSV: sweep.png for each task and all, sweep-norm.png for all."""
     with open(path, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    panels, titles = [], {name: task.title for name, task in TASKS.items()} | {"all": "all tasks"}
+    panels = []
     for name in dict.fromkeys(row["task"] for row in rows):
-        mine = [row for row in rows if row["task"] == name]
+        mine, key = [row for row in rows if row["task"] == name], "norm" if name == "all" else name
         for x, read in (
-            ("mean number of layers", lambda row: float(row["mean_layers"])),
-            ("milliseconds per example", lambda row: 1000 / float(row["examples_per_second"])),
+            (LAYERS, lambda row: float(row["mean_layers"])),
+            (TIME, lambda row: 1000 / float(row["examples_per_second"])),
         ):
             curves = {}
             for label, chosen in (
@@ -130,7 +130,6 @@ def draw_sweep(path, results):
             ):
                 points = sorted((read(row), float(row["score"])) for row in mine if chosen(row["setting"]))
                 curves[label] = {"x": [p[0] for p in points], "y": [p[1] for p in points], "points": len(points) == 1}
-            metric = mine[0]["metric"].replace("pearson", "Pearson r")
-            panels.append({"title": titles[name], "x": x, "y": metric, "curves": curves})
+            panels.append({"title": NAMES[key], "x": x, "y": AXIS[key], "curves": curves})
     draw(results / "sweep.png", panels, SWEEP)
     draw(results / "sweep-norm.png", panels[-2:], SWEEP)
