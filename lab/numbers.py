@@ -34,7 +34,7 @@ SEED_NOISE = {"norm": 0.005, "sst": 0.01, "para": 0.005, "sts": 0.005, "cfimdb":
 # that of other runs is so many times as large: short ones (assumed, no short row has a second seed), and those that
 # train one task after another (the two seeds of splits: .671 and .702)
 SHORT, SEQUENTIAL = 2, 4
-SHORT_GROUPS = ("methods", "defaults", "berter-figures", "smarter", "adaptations", "slf-ablation")
+SHORT_GROUPS = ("methods", "defaults", "berter-figures", "smarter", "adaptations", "slf-ablation", "embedding-order")
 # half of a 95% interval, in standard deviations
 NORMAL_95 = 1.96
 
