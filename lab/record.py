@@ -93,7 +93,17 @@ def read_row(group, name, place):
     row |= {key: summary.get(key) for key in (*keys, "exits")} | {"sweep": read_sweep(folder)}
     row |= {"best_phase": summary["best"].get("phase"), "metrics": {k: summary[k]["tasks"] for k in ("best", "last")}}
     measured = folder / "measured.json"
-    return row | read_log(folder) | {"measured": json.loads(measured.read_text()) if measured.exists() else None}
+    row |= read_log(folder) | {"measured": json.loads(measured.read_text()) if measured.exists() else None}
+    phase = GROUPS[group].scored_after.get(recipe_of(name))
+    return row | scores_after(phase, row) if phase else row
+
+
+def scores_after(phase, row):
+    """The entries of a row whose scores are those after an earlier phase; what its last model gave is left out."""
+    [scores] = [entry for entry in row["phases"] if entry["phase"] == phase]
+    main = {key: scores[key] for key in row["last"]}
+    kept = {"positive_rate": scores["positive_rate"], "measured": {"compute": row["measured"]["compute"]}}
+    return dict.fromkeys(("metrics", "exits", "mean_layers")) | {"best": main, "last": main, "best_phase": phase} | kept
 
 
 def read_log(folder):

@@ -198,6 +198,24 @@ def test_a_sweep_is_described_below_the_table(tmp_path):
     assert note.endswith("With a threshold of .999 the mean is 5.90 layers.")
 
 
+def test_a_row_may_be_scored_after_an_earlier_phase(tmp_path):
+    """Stage 1 alone: what one batch of stage 2 did to the model does not count."""
+    group, name = "slf-ablation", "stage 1 only"
+    folder = Place(tmp_path).run(group, name)
+    write_run(folder, command_of(group, name)[1:])
+    seconds = {"train_seconds": 1, "eval_seconds": 1}
+    phases = [("stage 1, layer 5/6", 0.5), ("stage 1, layer 6/6", 0.6), ("epoch 1/1", 0.4)]
+    dev = {"sst": {"accuracy": 0.3}, "sts": {"pearson": 0.2}}
+    lines = [
+        {"kind": "phase", "phase": phase, "dev": dev, "raw": 0.1, "norm": norm} | seconds for phase, norm in phases
+    ]
+    (folder / "log.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    (folder / "measured.json").write_text(json.dumps({"compute": 0.5, "exits": {}, "predictions": {}}))
+    row = read_row(group, name, Place(tmp_path))
+    assert row["best"] == row["last"] == {"norm": 0.6, "raw": 0.1, "sst": 0.3, "sts": 0.2}
+    assert (row["best_phase"], row["exits"], row["measured"]) == ("stage 1, layer 6/6", None, {"compute": 0.5})
+
+
 def test_a_run_with_other_flags_gives_no_row(tmp_path):
     write_run(tmp_path / "methods" / "pcgrad", [*command_of("methods", "PCGrad")[1:], "--lr", "0.5"])
     assert read_row("methods", "PCGrad", Place(tmp_path)) is None
