@@ -22,6 +22,7 @@ STYLES = (
     ("#56b4e9", (0, (3, 1, 1, 1)), "P"),
     ("#7f7f7f", (0, (1, 1)), "X"),
     ("#d55e00", (0, (7, 2)), "<"),
+    ("#882255", (0, (4, 1, 1, 1, 1, 1)), ">"),
 )
 INCHES, DPI = 9.2, 110
 BAND = "#dddddd"
@@ -49,7 +50,7 @@ def draw_curves(axes, panel):
         axes.axhspan(-panel["band"], panel["band"], color=BAND, zorder=0)
         axes.axhline(0, color="#7f7f7f", linewidth=0.8, zorder=1)
     for k, (label, curve) in enumerate(panel["curves"].items()):
-        color, line, marker = STYLES[curve.get("style", k) % len(STYLES)]
+        color, line, marker = STYLES[curve.get("style", k)]  # one more curve needs one more style
         options = {"color": color, "linestyle": line, "marker": marker, "markersize": 4, "linewidth": 1.4}
         every = len(curve["x"]) // 8 if len(curve["x"]) > 20 else 1
         options["markevery"] = (k * every // len(panel["curves"]), every)
