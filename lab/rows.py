@@ -417,7 +417,8 @@ SMARTER = Group(
     columns=(*SCORES, "best norm", "train sst", "Quora positive", *COST),
     note="The learning curves (SMARTer BERT's figure 1) train on a tenth of the rows, eight times. The splits (its "
     "figure 3) train on equally many examples. Gradient surgery takes one batch of every task in each step, so it "
-    "takes fewer steps than the splits' rows.",
+    "takes fewer steps than the splits' rows. The memory of `all tasks a step` is that before a repair "
+    "(LOG.md); it takes as much as PCGrad now.",
 )
 ADAPTATIONS = Group(
     "--epochs 4 --epoch_size 0.0625 --batch_size 16 --pooling mean --seed 1",
