@@ -39,33 +39,46 @@ BETA = 1e-2
 
 
 class Combiner(Resumable):
-    """Base class. A subclass has `add(task, loss)`, which backpropagates one loss, and `combine()`.
+    """Base class. A subclass has `combine()`, which writes the update's gradient into the parameters' .grad.
 
-    `combine` writes the update's gradient into the parameters' .grad. After it, `cosines` holds the cosines between the
-    tasks' gradients, {"sst-para": 0-dim tensor}, for the log; it stays empty for a rule that does not compare tasks.
-    `generator` draws whatever is random in the rule.
+    `task_gradients` is {task: [gradient or None per parameter]} between `add` and `combine`. After `combine`, `cosines`
+    holds the cosines between the tasks' gradients, {"sst-para": 0-dim tensor}, for the log; it stays empty for a rule
+    that does not compare tasks. `generator` draws whatever is random in the rule.
     """
 
     def __init__(self, parameters, generator=None):
-        self.parameters, self.generator, self.cosines = list(parameters), generator, {}
+        self.parameters, self.generator = list(parameters), generator
+        self.task_gradients, self.cosines = {}, {}
+
+    def add(self, task, loss):
+        """Backpropagate one loss of a task into that task's gradients."""
+        gradients = self.task_gradients.setdefault(task, [None] * len(self.parameters))
+        for parameter in self.parameters:
+            parameter.grad = None
+        loss.backward()
+        for k, parameter in enumerate(self.parameters):
+            # .grad is emptied, so that PyTorch never adds to an earlier loss's gradients: on a CPU that scatters
+            # the heap, and a run takes three times the memory
+            gradients[k], parameter.grad = add_in_place(gradients[k], parameter.grad), None
+
+
+def add_in_place(a, b):
+    """a + b, in the memory of a; None counts as 0."""
+    if a is None or b is None:
+        return b if a is None else a
+    return a.add_(b)
 
 
 class Sum(Combiner):
     """The gradients of all losses of a step add up."""
 
     def add(self, task, loss):
-        """Backpropagate one loss of a task, and add its gradients to the parameters' .grad."""
-        before = [parameter.grad for parameter in self.parameters]
-        for parameter in self.parameters:
-            parameter.grad = None  # PyTorch's own addition scatters a CPU's heap: three times the memory
-        loss.backward()
-        for parameter, gradient in zip(self.parameters, before, strict=True):
-            if gradient is not None:
-                parameter.grad = gradient if parameter.grad is None else gradient.add_(parameter.grad)
+        """Backpropagate one loss into a sum that all tasks share."""
+        super().add("all tasks", loss)
 
     def combine(self):
-        """Leave the sum in the parameters' .grad."""
-        totals = sum_gradients(self.parameters, [parameter.grad for parameter in self.parameters])
+        """Write the sum into the parameters' .grad."""
+        totals = sum_gradients(self.parameters, self.task_gradients.pop("all tasks"))
         for parameter, total in zip(self.parameters, totals, strict=True):
             parameter.grad = total
 
@@ -114,25 +127,10 @@ def weighted_sum(tensors, weights):
 class PCGrad(Combiner):
     """Projecting conflicting gradients: remove from each task's gradient its component against another task's.
 
-    `task_gradients` is {task: [gradient or None per parameter]} between `add` and `combine`. `generator` draws the
-    order in which a task visits the other tasks.
+    `generator` draws the order in which a task visits the other tasks.
 
     Source: Yu et al. (2020), Algorithm 1.
     """
-
-    def __init__(self, parameters, generator):
-        super().__init__(parameters, generator)
-        self.task_gradients = {}
-
-    def add(self, task, loss):
-        """Backpropagate one loss of a task into that task's gradients."""
-        before = self.task_gradients.get(task, [None] * len(self.parameters))
-        for parameter, gradient in zip(self.parameters, before, strict=True):
-            parameter.grad = gradient  # backward adds to this task's gradient so far
-        loss.backward()
-        self.task_gradients[task] = [parameter.grad for parameter in self.parameters]
-        for parameter in self.parameters:
-            parameter.grad = None  # so that the next task does not add to this one's
 
     def factor(self, pair, dot, norm, other_norm):
         """The factor with which g_j is added to g_i. dot is g_i.g_j, the norms are |g_i| and |g_j|."""

@@ -362,9 +362,11 @@ def test_every_combiner_has_all_of_the_interface(method):
     later.load_state_dict(combiner.state_dict())
     assert later.state_dict().keys() == combiner.state_dict().keys()
     assert (combiner.state_dict() == {}) == (method is Sum)
-    combiner.add("sst", parameter @ vector(1, 2))
+    for gradient in ((1, 2), (3, 5)):
+        combiner.add("sst", parameter @ vector(*gradient))
+        assert parameter.grad is None  # PyTorch finds nothing to add to
     combiner.combine()
-    assert torch.equal(parameter.grad, vector(1, 2))
+    assert torch.equal(parameter.grad, vector(4, 7))
 
 
 def surgery_parser():
