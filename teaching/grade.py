@@ -25,6 +25,8 @@ import subprocess
 import sys
 import tempfile
 import time
+import zipfile
+import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -47,15 +49,17 @@ LESS = 10  # limit of the checks that are left after one that did not end
 RELATIVE, ABSOLUTE = 1e-6, 1e-6  # tolerances: the checks compute in float64; a body that rounds to float32 passes
 LARGEST_FRAME = 1 << 26  # bytes
 SHOWN = 24  # numbers of a tensor that the report prints
+NOT_GRADED = "not graded: "
 
 
 @dataclass(frozen=True)
 class Result:
-    """The result of one check. `output` is empty if it earned its points."""
+    """The result of one check. `output` is empty if it earned its points; `notes` are about the part's files."""
 
     part: str
     check: object
     output: str = ""
+    notes: tuple = ()
 
     @property
     def points(self):
@@ -208,7 +212,7 @@ def reference_results(part, seed):
 
 @functools.cache
 def recorded():
-    """Return what a starter copy records of its original: the parts to write, and the signatures of the blanks."""
+    """Return what a starter copy records of its original: the parts, the blanks' signatures, the modules' texts."""
     with safetensors.safe_open(EXPECTED, "pt") as file:
         return json.loads(file.metadata()["original"])
 
@@ -227,16 +231,25 @@ def signatures():
     return found
 
 
-def write_expected(path, parts):
-    """Write what a starter copy needs of the reference: its results for the public seed, and its signatures."""
+@functools.cache
+def originals():
+    """Return the modules as the student got them: {module: text}. The student's own files may differ by now."""
+    if EXPECTED.exists():
+        return recorded()["modules"]
+    return {path.stem: path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("*.py"))}
+
+
+def write_expected(path, parts, modules):
+    """Write what a starter copy needs of the reference: its results for the public seed, and `recorded`."""
     tensors = {
         f"{part}/{check}/{size}/{name}": tensor
         for part in PARTS
         for (check, size), frame in reference_results(part, PUBLIC_SEED).items()
         for name, tensor in frame.items()
     }
-    original = {"parts": parts, "signatures": signatures()}
-    safetensors.torch.save_file(tensors, path, metadata={"original": json.dumps(original)})
+    original = {"parts": parts, "signatures": signatures(), "modules": modules}
+    # not save_file, which writes a file that nobody else may read
+    path.write_bytes(safetensors.torch.save(tensors, metadata={"original": json.dumps(original)}))
 
 
 # --- comparing ------------------------------------------------------------------------------------------------------
@@ -338,14 +351,11 @@ def compare(part, received, lost, seed):
 def grade_part(part, submission, seed=PUBLIC_SEED, seconds=SECONDS):
     """Grade one part of a student's folder: one Result for each check."""
     try:
-        modules, notes = transplant(part, Path(submission), signatures())
-    except Refused as refusal:
-        return [Result(part, check, f"not graded: {refusal}") for check in PARTS[part].checks]
+        modules, notes = transplant(part, Path(submission), signatures(), originals())
+    except (Refused, SyntaxError, RecursionError) as refusal:
+        return [Result(part, check, f"{NOT_GRADED}{refusal}") for check in PARTS[part].checks]
     results = compare(part, *run_checks(part, modules, seed, seconds), seed)
-    # where points are missing, a change that was not taken over may be the reason
-    return [
-        replace(result, output="\n".join([result.output, *notes])) if result.output else result for result in results
-    ]
+    return [replace(result, notes=tuple(notes)) for result in results]
 
 
 def report(results):
@@ -358,7 +368,7 @@ def report(results):
         if result.output:
             lines.append(f"  failed  {result.check.name} ({result.check.points}): {result.check.title}")
             lines += [f"          {line}" for line in result.output.splitlines()]
-    return lines
+    return [*lines, *(f"  {note}" for note in results[0].notes)]
 
 
 def gradescope(results):
@@ -370,7 +380,8 @@ def gradescope(results):
             "score": result.points,
             "max_score": result.check.points,
             "status": "failed" if result.output else "passed",
-            "output": result.output,
+            # where points are missing, a change that was not taken over may be the reason
+            "output": "\n".join([result.output, *result.notes]) if result.output else "",
             "visibility": "visible",
         }
         for result in results
@@ -379,61 +390,97 @@ def gradescope(results):
     return {"score": score, "output": f"{score} of {possible} points", "visibility": "visible", "tests": tests}
 
 
-def find_files(submission, scratch):
-    """Return the folder with a student's .py files: of all in a folder or a zip, the one with the shortest path.
+def write_results(path, content):
+    """Write Gradescope's results.json."""
+    Path(path).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
-    A zip is unpacked in the folder `scratch`. Hidden folders (.venv), what macOS adds to a zip (__MACOSX) and the
-    grader itself are no work of a student.
-    Raises: InputError if there is no such folder or zip.
+
+def is_zip(path):
+    """Return whether a path is a zip by its name."""
+    return path.suffix.lower() == ".zip" and path.is_file()
+
+
+def unpack(path, folder):
+    """Unpack a zip into a folder.
+
+    Raises: InputError if it is damaged or has a password.
     """
-    path = Path(submission)
-    if path.suffix == ".zip":
-        try:
-            shutil.unpack_archive(path, scratch)
-        except (OSError, ValueError, shutil.ReadError) as error:
-            raise InputError(f"{submission}: cannot be unpacked ({error}): ask for another one") from None
-        path = Path(scratch)
-    if not path.is_dir():
-        raise InputError(f"{submission}: no such folder: give the folder or the zip with the student's .py files")
-    modules = {f"{module}.py" for part in PARTS.values() for module in part.modules}
-    found = []
+    try:
+        shutil.unpack_archive(path, folder, "zip")
+    except (OSError, ValueError, RuntimeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise InputError(f"{path.name}: cannot be unpacked ({error}): ask for another one") from None
+
+
+def folders_with_modules(path):
+    """Return {folder: number of the course's files in it} for the folders below a path that have any.
+
+    Hidden folders (.venv), what macOS adds to a zip (__MACOSX) and the grader itself are no work of a student.
+    """
+    modules, found = {f"{module}.py" for part in PARTS.values() for module in part.modules}, {}
     for folder, inside, files in os.walk(path):
         # os.walk does not enter what is not in this list
         inside[:] = [name for name in inside if name[0] != "." and name not in ("__MACOSX", "teaching")]
-        found += [Path(folder)] * bool(modules & set(files))
-    return min(found, key=lambda folder: (len(folder.parts), folder), default=path)
+        if modules & set(files):
+            found[Path(folder)] = len(modules & set(files))
+    return found
+
+
+def find_files(submission, scratch):
+    """Return the folder with a student's .py files: in a folder or a zip, the one with most of the course's files.
+
+    Of two with equally many it is the one with the shorter path. A zip, or those in a folder without such files, is
+    unpacked in the folder `scratch`.
+    Raises: InputError if there is no such folder or zip, or if it cannot be unpacked.
+    """
+    path, scratch = Path(submission), Path(scratch)
+    if not path.is_dir() and not is_zip(path):
+        raise InputError(f"{submission}: no folder and no zip: give what has the student's .py files in it")
+    found = {} if is_zip(path) else folders_with_modules(path)
+    if not found:
+        for number, file in enumerate([path] if is_zip(path) else sorted(filter(is_zip, path.rglob("*")))):
+            unpack(file, scratch / str(number))
+        found = folders_with_modules(scratch)
+    return min(found, key=lambda folder: (-found[folder], len(folder.parts), folder), default=path)
 
 
 def grade(submission, parts=(), seed=PUBLIC_SEED, seconds=SECONDS, results_path=None):
     """Grade the parts of a student's folder or zip and print the report. Returns all results.
 
-    Raises: InputError if there is no such folder or zip.
+    Raises: see find_files.
     """
     results = []
     with tempfile.TemporaryDirectory(prefix="grade-") as scratch:
-        folder = find_files(submission, scratch)
+        try:
+            folder = find_files(submission, scratch)
+        except InputError as error:
+            if results_path:  # Gradescope shows it to the student
+                write_results(results_path, {"score": 0, "output": str(error)})
+            raise
+        inside = folder.relative_to(scratch if folder.is_relative_to(scratch) else submission)
+        print(f"files of    {inside}")
         for part in parts or (recorded()["parts"] if EXPECTED.exists() else PARTS):
             results += (of_part := grade_part(part, folder, seed, seconds))
             print("\n".join(report(of_part)), flush=True)
     points, possible = sum(r.points for r in results), sum(r.check.points for r in results)
     print(f"{'total':<12}{points:>4} of {possible}")
     if results_path:
-        Path(results_path).write_text(json.dumps(gradescope(results), indent=2) + "\n", encoding="utf-8")
+        write_results(results_path, gradescope(results))
     return results
 
 
 def grade_all(folder, out, parts=(), seed=PUBLIC_SEED, seconds=SECONDS):
-    """Grade every folder and zip in a folder: NAME.txt in `out` is a student's report, grades.csv has all points.
+    """Grade everything in a folder: NAME.txt in `out` is a student's report, grades.csv has all points.
 
+    The table's note says why a student, or a part, was not graded.
     Raises: InputError if there is nothing to grade, if `out` exists, or if a student is there twice.
     """
     out, parts = Path(out), list(parts or PARTS)
-    paths = sorted(path for path in Path(folder).glob("[!.]*") if path.is_dir() or path.suffix == ".zip")
+    paths = sorted(Path(folder).glob("[!.]*"))
     if not paths:
         raise InputError(f"{folder}: no folders and no zips of students in it")
     if out.exists():
         raise InputError(f"{out} exists: give a new folder")
-    names = [path.name.removesuffix(".zip") for path in paths]
+    names = [path.stem if is_zip(path) else path.name for path in paths]
     for name in names:
         if names.count(name) > 1:
             raise InputError(f"{folder}: {name} is there twice, as a folder and as a zip: remove one")
@@ -442,12 +489,14 @@ def grade_all(folder, out, parts=(), seed=PUBLIC_SEED, seconds=SECONDS):
         table = csv.writer(file)
         table.writerow(["name", *parts, "total", "note"])
         for name, path in zip(names, paths, strict=True):
-            results, note = [], ""
+            results, note = [], ""  # a class is graded to its end, whatever one student hands in
             with open(out / f"{name}.txt", "w", encoding="utf-8") as text, contextlib.redirect_stdout(text):
                 try:
                     results = grade(path, parts, seed, seconds)
+                    reasons = dict.fromkeys(r.output for r in results if r.output.startswith(NOT_GRADED))
+                    note = "; ".join(reasons)
                 except InputError as error:
                     print(note := str(error))
             points = [sum(result.points for result in results if result.part == part) for part in parts]
             table.writerow([name, *points, sum(points), note])
-            print(f"{name}: {note or sum(points)}", flush=True)
+            print(f"{name}: {sum(points)}" + f" ({note})" * bool(note), flush=True)

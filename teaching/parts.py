@@ -47,6 +47,16 @@ class Part:
         return tuple(dict.fromkeys(name.split(".")[0] for name in self.blanks))
 
 
+# what stands behind torch's attention, and can be called too
+TORCHS_ATTENTION = (
+    "_scaled_dot_product_attention_math",
+    "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_cudnn_attention",
+    "_native_multi_head_attention",
+    "_transformer_encoder_layer_fwd",
+)
 PARTS = {
     "tokenizer": Part(
         "WordPiece and pairs of texts",
@@ -100,6 +110,7 @@ PARTS = {
             "MultiheadAttention",
             "ProjectedAttention",
             "flex_attention",
+            *TORCHS_ATTENTION,
         ),
         equivalents=(
             "bert.attend_sdpa",
@@ -139,7 +150,7 @@ PARTS = {
         30,
         blanks=("bert.BertLayer.forward",),
         equivalents=("bert.add_norm",),
-        forbidden=("TransformerEncoderLayer", "TransformerEncoder", "MultiheadAttention"),
+        forbidden=("TransformerEncoderLayer", "TransformerEncoder", "MultiheadAttention", *TORCHS_ATTENTION),
         checks=(
             Check(
                 "residuals",
@@ -220,30 +231,22 @@ PARTS = {
             "optimizer.cosine",
             "optimizer.clip_gradients",
         ),
-        forbidden=("optim", "lr_scheduler", "clip_grad_norm_", "clip_grads_with_norm_"),
+        forbidden=("optim", "lr_scheduler", "clip_grad_norm", "clip_grad_norm_", "clip_grads_with_norm_"),
         checks=(
             Check(
                 "adamw",
-                1,
+                3,
                 "steps of AdamW",
                 "AdamW.update: p <- p - lr sqrt(1 - beta2^t) / (1 - beta1^t) * m / (sqrt(v) + eps), then the decay "
-                "p <- p - p (lr weight_decay) (Loshchilov and Hutter 2019, algorithm 2); without correct_bias the step "
-                "is lr m / (sqrt(v) + eps); change p, m and v in place",
+                "p <- p - p (lr weight_decay) (Loshchilov and Hutter 2019, algorithm 2), which does not pass through "
+                "m and v; without correct_bias the step is lr m / (sqrt(v) + eps); change p, m and v in place",
             ),
             Check(
-                "rmsprop",
-                2,
-                "steps of RMSprop",
-                "RMSprop.update: v <- gamma v + (1 - gamma) g^2, then p <- p - lr g / (sqrt(v) + eps), then the decay; "
-                "change p and v in place",
-            ),
-            Check(
-                "training",
+                "rmsprop_and_sgd",
                 3,
-                "a few steps of AdamW, RMSprop and SGD on one loss",
-                "AdamW.update, RMSprop.update, SGD.update (p <- p - lr g): change p and its state in place; the "
-                "decay "
-                "p <- p - p (lr weight_decay) does not pass through m and v",
+                "steps of RMSprop and SGD",
+                "RMSprop.update: v <- gamma v + (1 - gamma) g^2, then p <- p - lr g / (sqrt(v) + eps); SGD.update: "
+                "p <- p - lr g; then the decay p <- p - p (lr weight_decay); change p and v in place",
             ),
             Check(
                 "schedules",
@@ -343,14 +346,17 @@ PARTS = {
                 3,
                 "the gradient of a step",
                 "train_step: loss = task_weight * sum(terms) / examples, with `examples` the task's examples in all "
-                "batches of the step, so that k accumulated batches equal one batch k times as large",
+                "batches of the step, so that k accumulated batches equal one batch k times as large; "
+                "parallel.share says which rows are this process's and by how much to multiply; the change of the "
+                "parameters contains lr = initial_lr * multiplier too",
             ),
             Check(
                 "step",
                 3,
                 "the update, the learning rate, clipping and what the step returns",
                 "train_step: combine the gradients, set lr = initial_lr * multiplier, clip, take the step, clear the "
-                "gradients; return (task, rows, {term: sum over the examples}) for each batch, the sums detached",
+                "gradients; return (task, rows, {term: sum over the examples}) for each batch, the sums detached; the "
+                "rows are this process's share (parallel.share)",
             ),
         ),
     ),
@@ -557,7 +563,13 @@ PARTS = {
             "adapters.ProjectedAttention.attend",
             "adapters.ProjectedAttention.forward",
         ),
-        forbidden=("scaled_dot_product_attention", "multi_head_attention_forward", "MultiheadAttention", "attend_sdpa"),
+        forbidden=(
+            "scaled_dot_product_attention",
+            "multi_head_attention_forward",
+            "MultiheadAttention",
+            "attend_sdpa",
+            *TORCHS_ATTENTION,
+        ),
         checks=(
             Check(
                 "bottleneck",

@@ -20,7 +20,6 @@ from pathlib import Path
 
 from errors import InputError
 from files import write_whole
-from tasks import TASKS
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORD = ROOT / "results" / "expected.json"
@@ -57,6 +56,7 @@ RUNS = {
     ),
     "sample, SMART on Quora": Run("--epochs 3 --smart para", ("smart",), seeds=1),
     "sample, Bregman": Run("--epochs 3 --bregman", ("smart",), seeds=1),
+    "sample, all tasks a step": Run("--epochs 3 --step all_tasks", ("gradients",), seeds=1),
     "sample, PCGrad": Run("--epochs 3 --gradients pcgrad", ("gradients",), seeds=1),
     "sample, LoRA": Run("--epochs 3 --adapter lora --lr 2e-3", ("adapters",), seeds=1),
     "SST alone, frozen": Run("--tasks sst --option pretrain --epochs 10", BERT_PARTS, data_dir=None),
@@ -86,6 +86,8 @@ def read_record():
 
 def read_run(name, seed, folder):
     """Return the row of a finished run, from its files."""
+    from tasks import TASKS  # a student's mistake in tasks.py is no reason not to grade bert.py
+
     config, summary = (json.loads((folder / file).read_text()) for file in ("config.json", "summary.json"))
     best = summary["best"]
     scores = {task: metrics[TASKS[task].metric.name] for task, metrics in best["tasks"].items()}

@@ -58,7 +58,7 @@ def remove_bodies(text, sentences):
     functions = [(function, sentence) for function, sentence in functions if function is not None]
     # from the last function to the first, so that the line numbers of the earlier ones stay right
     for function, sentence in sorted(functions, key=lambda pair: -pair[0].lineno):
-        first = body_after_docstring(function)[0]
+        first = (body_after_docstring(function) or function.body)[0]  # a student may leave a docstring alone
         start, end = first.lineno - 1, function.end_lineno
         while lines[start - 1].lstrip().startswith("#") or not lines[start - 1].strip():
             start -= 1

@@ -63,13 +63,14 @@ def write_starter(out, parts):
     out.mkdir(parents=True)
     parts = [part for part in PARTS if part in parts]  # in the table's order
     sentences = left_out(parts)
-    for path in sorted(ROOT.glob("*.py")):
-        text = path.read_text(encoding="utf-8")
-        (out / path.name).write_text(remove_bodies(text, sentences.get(path.stem, {})), encoding="utf-8")
+    modules = {path.stem: path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("*.py"))}
+    modules = {module: remove_bodies(text, sentences.get(module, {})) for module, text in modules.items()}
+    for module, text in modules.items():
+        (out / f"{module}.py").write_text(text, encoding="utf-8")
     for name in FILES:
         shutil.copy(ROOT / name, out / name)
     for name in FOLDERS:
         shutil.copytree(ROOT / name, out / name, ignore=shutil.ignore_patterns(*LEFT_OUT))
     (out / "README.md").write_text(README.format(rows=table(parts)), encoding="utf-8")
     write_handout(out / "handout", parts)
-    write_expected(out / EXPECTED.relative_to(ROOT), parts)
+    write_expected(out / EXPECTED.relative_to(ROOT), parts, modules)

@@ -136,15 +136,16 @@ class Rename(ast.NodeTransformer):
 class Transplant:
     """The student's functions of one part in one module, on their way into the reference's module."""
 
-    def __init__(self, part, module, text, reference):
+    def __init__(self, part, module, text, reference, originals):
         self.part, self.module, self.file = part, module, f"{module}.py"
-        self.reference = reference
+        self.reference, self.originals = reference, originals
         try:
             self.student = ast.parse(text)
+            compile(text, self.file, "exec", dont_inherit=True)  # finds mistakes that are no matter of grammar
         except (SyntaxError, ValueError) as error:
             line = f" line {error.lineno}" if isinstance(error, SyntaxError) else ""
             raise Refused(f"{self.file}{line} is not Python: {getattr(error, 'msg', error)}") from None
-        self.theirs, self.ours = top_level(self.student), top_level(reference)
+        self.theirs, self.ours = top_level(self.student), top_level(ast.parse(originals[module]))
         # functions that some part blanks are the reference's in this copy, whatever the student has there
         known = {name for row in PARTS.values() for name in (*row.blanks, *row.equivalents)}
         self.parts_names = {inner for owner, inner in map(split_name, known) if owner == module}
@@ -166,7 +167,7 @@ class Transplant:
                 allowed = "torch, numpy, scipy, sklearn and modules like math and itertools"
                 self.refuse(where, f"imports {module}, which the grader does not take over; it takes {allowed}")
         if isinstance(node, ast.ImportFrom) and node.module in MODULES:
-            there = top_level(ast.parse((ROOT / f"{node.module}.py").read_text(encoding="utf-8")))
+            there = top_level(ast.parse(self.originals[node.module]))
             for alias in node.names:
                 if alias.name not in there:
                     what = f"imports {alias.name} from {node.module}.py, where the original has no such name"
@@ -254,7 +255,7 @@ class Transplant:
         self.placed.append(target)
 
     def notes(self):
-        """Return a sentence if the student has changed what the copy does not take over."""
+        """Return sentences for what the student has changed and the course's copy does not take over."""
         pairs = []
         for name, ours in self.ours.items():
             theirs = self.theirs.get(name)
@@ -265,7 +266,10 @@ class Transplant:
                 pairs.append((name, theirs, ours))
         known = {*self.parts_names, *self.moved}
         changed = [name for name, a, b in pairs if name not in known and (a is None or not same(a, b))]
-        return [f"note: {self.file}: the grader uses the original {', '.join(changed)}"] if changed else []
+        notes = [f"note: {self.file}: the course's grader uses the original {', '.join(changed)}"] if changed else []
+        if "*" in self.theirs:
+            notes.append(f"note: {self.file}: the course's grader does not know the names of `import *`: import each")
+        return notes
 
     def finish(self):
         """Rename what clashes, add what was taken over, and return the text of the module."""
@@ -299,23 +303,22 @@ def read(folder, module):
         raise Refused(f"{module}.py cannot be read: {error}") from None
 
 
-def transplant(part, submission, signatures):
+def transplant(part, submission, signatures, originals):
     """Return the modules that differ from the project's in the copy that grades a part: {module: text}, and notes.
 
-    A note names what the student has changed elsewhere. `signatures` is {function: signature} of the original blanks.
+    A note names what the student has changed elsewhere. `signatures` is {function: signature} of the original blanks,
+    `originals` is {module: text}.
     Raises: Refused if something cannot be taken over.
     """
     modules, notes = {}, []
     for module, sentences in left_out([part]).items():
         text = read(ROOT, module)
+        try:
+            text = remove_bodies(text, sentences)
+        except SyntaxError as error:  # in a starter copy, where the student's files are the project's
+            raise Refused(f"{module}.py line {error.lineno} is not Python: {error.msg}") from None
         if module in PARTS[part].modules:
-            try:
-                ast.parse(text)
-            except SyntaxError as error:  # in a starter copy, where the student's files are the project's
-                raise Refused(f"{module}.py line {error.lineno} is not Python: {error.msg}") from None
-        text = remove_bodies(text, sentences)
-        if module in PARTS[part].modules:
-            work = Transplant(part, module, read(submission, module), ast.parse(text))
+            work = Transplant(part, module, read(submission, module), ast.parse(text), originals)
             for name in PARTS[part].blanks:
                 owner, inner = split_name(name)
                 if owner == module:

@@ -27,7 +27,7 @@ from tiny import refusal
 
 from teaching import grade as grading
 from teaching.__main__ import main, make_parser
-from teaching.grade import PUBLIC_SEED, grade_part, reference_results, runner, signatures
+from teaching.grade import PUBLIC_SEED, grade_part, originals, reference_results, report, runner, signatures
 from teaching.parts import PARTS
 from teaching.source import ROOT, body_after_docstring, definition, left_out, remove_bodies, signature, split_name
 from teaching.starter import write_starter
@@ -205,8 +205,8 @@ def test_a_blank_part_costs_no_other_part(blank, submission):
     # modules of a part are all that its copy is made from.
     for part in PARTS:
         if part != blank and set(PARTS[part].modules) & set(PARTS[blank].modules):
-            modules, notes = transplant(part, submission.folder, signatures())
-            assert modules == transplant(part, ROOT, signatures())[0] and notes == []
+            modules, notes = transplant(part, submission.folder, signatures(), originals())
+            assert modules == transplant(part, ROOT, signatures(), originals())[0] and notes == []
 
 
 @pytest.mark.parametrize("name", BUGS)
@@ -284,7 +284,8 @@ def test_a_missing_file_or_a_syntax_error_costs_its_own_part_only(submission):
     assert refused(submission, "smart") == "smart.py line 1 is not Python: invalid syntax"
     assert refused(submission, "gradients") == "gradients.py is missing"
     for part in ("slf", "early_exit"):
-        assert transplant(part, submission.folder, signatures()) == transplant(part, ROOT, signatures())
+        known = signatures(), originals()
+        assert transplant(part, submission.folder, *known) == transplant(part, ROOT, *known)
 
 
 @pytest.mark.parametrize(
@@ -337,7 +338,38 @@ def test_changes_that_are_not_taken_over_are_named(submission):
     submission.body("bert.BertSelfAttention.split_heads", "return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)")
     output = submission.grade("attention")[0].output
     assert "has no attribute 'heads'" in output
-    assert "note: bert.py: the grader uses the original BertSelfAttention.__init__" in output
+    note = "note: bert.py: the course's grader uses the original BertSelfAttention.__init__"
+    assert note in report(submission.grade("attention"))[-1]
+    submission.change("bert.py", "import math\n", "from math import *\n")
+    assert "does not know the names of `import *`" in report(submission.grade("attention"))[-1]
+
+
+def test_a_starter_warns_of_what_the_course_does_not_take_over(starter, tmp_path):
+    """There the project's other functions are the student's own: without the warning all would be well at home."""
+    copy = tmp_path / "work"
+    shutil.copytree(starter, copy)
+    with open(copy / "tasks.py", "a", encoding="utf-8") as file:
+        file.write("\n\ndef helper(x):\n    return x\n")
+    text = (copy / "bert.py").read_text()
+    text = replace_body(text, "attend_plain", "return helper(1)")
+    (copy / "bert.py").write_text(text.replace("import math\n", "import math\n\nfrom tasks import helper\n"))
+    text = (copy / "evaluation.py").read_text()
+    text = text.replace("THRESHOLD_ROOM = ", "THRESHOLD_ROOM = 1e-9 + ")
+    (copy / "evaluation.py").write_text(replace_body(text, "score_regression", '"""Not yet."""'))
+
+    def grade(part):
+        command = [sys.executable, "-m", "teaching", "grade", ".", part]
+        return subprocess.run(command, cwd=copy, capture_output=True, text=True)
+
+    assert "imports helper from tasks.py, where the original has no such name" in grade("attention").stdout
+    printed = grade("evaluation").stdout
+    assert "note: evaluation.py: the course's grader uses the original THRESHOLD_ROOM" in printed
+    assert "write fit_decision_threshold" in printed or "is not written yet" in printed
+    # a mistake in a file does not stop the parts of the others
+    (copy / "tasks.py").write_text("def f(:")
+    assert "not graded: tasks.py line 1 is not Python" in grade("losses").stdout
+    result = grade("layer")
+    assert "0 of 8" in result.stdout and not result.stderr
 
 
 # --- ways to fool a grader ----------------------------------------------------------------------------------------
@@ -347,6 +379,9 @@ TRICKS = {
     "the library's attention under another name": (
         "for name in dir(nn.functional):\n    if name.startswith('scaled_dot'):\n"
         "        return operator.attrgetter(name)(nn.functional)(query, key, value, extended_mask)"
+    ),
+    "what stands behind the library's attention": (
+        "return torch._scaled_dot_product_attention_math(query, key, value, extended_mask)[0]"
     ),
     "the process ends": "torch.os._exit(0)",
     "an exception that no one catches": "raise KeyboardInterrupt",
@@ -415,7 +450,7 @@ def test_nothing_runs_after_the_grading(submission):
 def test_the_process_has_no_reference_and_no_network(submission):
     """Neither the modules that it imports nor its folders have the solution of the part."""
     for part in PARTS:
-        modules, _ = transplant(part, Path(submission.folder), signatures())
+        modules, _ = transplant(part, Path(submission.folder), signatures(), originals())
         for name in PARTS[part].equivalents:
             module, inner = split_name(name)
             body = body_after_docstring(definition(ast.parse(modules[module]), inner))
@@ -468,7 +503,9 @@ def test_the_report_and_gradescopes_file(submission, tmp_path, capsys):
 
 
 def test_mistakes_on_the_command_line(tmp_path):
-    assert "no such folder" in refusal(main, ["grade", str(tmp_path / "nothing")])
+    results = tmp_path / "results.json"
+    assert "no folder and no zip" in refusal(main, ["grade", str(tmp_path / "nothing"), "--results", str(results)])
+    assert json.loads(results.read_text())["score"] == 0
     assert "invalid choice" in refusal(main, ["grade", ".", "atention"])
     assert make_parser().parse_args(["grade", "."]).part == []
 
@@ -482,6 +519,20 @@ def test_a_class_is_graded(submission, tmp_path, capsys):
     shutil.make_archive(everybody / "dai", "zip", ROOT, "gradients.py")
     (everybody / "eve").mkdir()
     (everybody / "fay.zip").write_text("no zip")
+    # Moodle's folder a student; a zip with a capital name; the starter's file beside the solution
+    (everybody / "gil").mkdir()
+    shutil.copy(everybody / "dai.zip", everybody / "gil")
+    shutil.copy(everybody / "dai.zip", everybody / "hal.ZIP")
+    shutil.copytree(ROOT, everybody / "ida" / "all", ignore=lambda _, names: [n for n in names if n[-3:] != ".py"])
+    (everybody / "ida" / "gradients.py").write_text("")
+    # mistakes that Python finds after its grammar; a zip whose bytes are damaged inside
+    shutil.copytree(submission.folder, everybody / "jon")
+    with open(everybody / "jon" / "gradients.py", "a", encoding="utf-8") as file:
+        file.write("def f(x):\n    x = 1\n    global x\n")
+    damaged = bytearray((everybody / "dai.zip").read_bytes())
+    damaged[200:400] = bytes(200)
+    (everybody / "kim.zip").write_bytes(damaged)
+    (everybody / "leo.tar.gz").touch()
     (everybody / ".hidden").mkdir()
     main(["grade-all", str(everybody), str(out), "gradients", "--seed", str(SEED)])
     rows = list(csv.reader((out / "grades.csv").read_text().splitlines()))
@@ -491,8 +542,18 @@ def test_a_class_is_graded(submission, tmp_path, capsys):
         ["dai", "4", "4"],
         ["eve", "0", "0"],
         ["fay", "0", "0"],
+        ["gil", "4", "4"],
+        ["hal", "4", "4"],
+        ["ida", "4", "4"],
+        ["jon", "0", "0"],
+        ["kim", "0", "0"],
+        ["leo.tar.gz", "0", "0"],
     ]
-    assert "ask for another one" in rows[4][3] and "fay: " in capsys.readouterr().out
+    notes = {row[0]: row[3] for row in rows}
+    assert "ask for another one" in notes["fay"] and "fay: 0 (" in capsys.readouterr().out
+    assert "ask for another one" in notes["kim"] and "no folder and no zip" in notes["leo.tar.gz"]
+    assert notes["eve"] == "not graded: gradients.py is missing" and "is not Python: name 'x'" in notes["jon"]
+    assert (out / "ida.txt").read_text().startswith("files of    all\n") and notes["ana"] == ""
     assert "look at" in (out / "ana.txt").read_text() and "gradients.py is missing" in (out / "eve.txt").read_text()
     assert "give a new folder" in refusal(main, ["grade-all", str(everybody), str(out)])
     (everybody / "dai").mkdir()

@@ -191,6 +191,7 @@ def take_step(draw, batches, clip=0.0, multiplier=1.0, name="sst", more=()):
     changes = torch.cat([(new.detach() - old).flatten() for new, old in zip(chosen, before, strict=True)])
     parts.passes = str(all(passes))
     draw.show(task=name, rows_of_each_batch=str(rows_before), clip=clip, multiplier=multiplier)
+    draw.show(share="every second row, weight 0.5")
     return changes, parts, results
 
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from optimizer import OPTIMIZERS, AdamW, RMSprop, clip_gradients, cosine, linear
+from optimizer import SGD, AdamW, RMSprop, clip_gradients, cosine, linear
 
 from .common import call
 
@@ -20,11 +20,37 @@ def run(optimizer, parameters, gradients):
 
 def draw_run(draw, steps, case):
     """Return parameters, and gradients for some steps."""
-    shapes = [(2,)] if draw.size == 0 else [(3, 2), (4,)]
+    shapes = [(2,)] if draw.size == 0 else [(2, 2), (2,)]
     parameters = [torch.nn.Parameter(draw.normal(*shape)) for shape in shapes]
     gradients = [[draw.normal(*shape) for shape in shapes] for _ in range(steps)]
-    draw.show(**{f"p for {case}": parameters[0].detach(), f"g for {case}": gradients[0][0]})
+    show_run(draw, parameters, gradients, case)
     return parameters, gradients
+
+
+def as_text(tensors):
+    """Return the numbers of some tensors, of which one may be None."""
+    return str([None if x is None else x.detach().numpy().round(5).tolist() for x in tensors])
+
+
+def show_run(draw, parameters, gradients, case):
+    """Print the parameters of a case and each step's gradients if it fails."""
+    draw.show(**{f"p for {case}": as_text(parameters)})
+    draw.show(**{f"g of step {t} for {case}": as_text(step) for t, step in enumerate(gradients, 1)})
+
+
+def run_groups(draw, rule):
+    """Take steps with two groups, of which one decays; one parameter has no gradient in the first step."""
+    name = rule.__name__
+    matrix, bias = (torch.nn.Parameter(draw.normal(*shape)) for shape in ((2, 2), (2,)))
+    groups = [{"params": [matrix], "weight_decay": 0.2}, {"params": [bias], "weight_decay": 0.0}]
+    lr = draw.uniform(0.05, 0.2)
+    optimizer = rule(groups, lr=lr)
+    gradients = [[draw.normal(2, 2), draw.normal(2)] for _ in range(2 + draw.size)]
+    gradients[0][1] = None
+    show_run(draw, [matrix, bias], gradients, f"two groups, {name}")
+    draw.show(**{f"settings for two groups, {name}": f"lr={lr:.5f}, weight_decay=0.2 and 0, the others by default"})
+    results = {f"p of two groups, {name}": run(optimizer, [matrix, bias], gradients)}
+    return results | {f"{key} of two groups, {name}": optimizer.state[matrix][key] for key in rule.state_names}
 
 
 def adamw(draw):
@@ -37,11 +63,11 @@ def adamw(draw):
         optimizer = AdamW(parameters, weight_decay=decay, correct_bias=correct, **settings)
         draw.show(**{f"settings for {case}": str(settings)})
         results[f"p with {case}"] = run(optimizer, parameters, gradients)
-    return results
+    return results | run_groups(draw, AdamW)
 
 
-def rmsprop(draw):
-    """Take steps of RMSprop."""
+def rmsprop_and_sgd(draw):
+    """Take steps of RMSprop and SGD."""
     results = {}
     for decay in (0.0, 0.1):
         case = f"weight_decay={decay}"
@@ -49,22 +75,7 @@ def rmsprop(draw):
         settings = dict(lr=draw.uniform(0.01, 0.2), gamma=draw.uniform(0.5, 0.9), eps=0.01, weight_decay=decay)
         draw.show(**{f"settings for {case}": str(settings)})
         results[f"p with {case}"] = run(RMSprop(parameters, **settings), parameters, gradients)
-    return results
-
-
-def training(draw):
-    """Take steps with each rule; one group decays, and one parameter has no gradient in the first step."""
-    results = {}
-    for name, rule in OPTIMIZERS.items():
-        matrix, bias = (torch.nn.Parameter(draw.normal(*shape)) for shape in ((2, 2), (2,)))
-        groups = [{"params": [matrix], "weight_decay": 0.2}, {"params": [bias], "weight_decay": 0.0}]
-        optimizer = rule(groups, lr=draw.uniform(0.05, 0.2))
-        gradients = [[draw.normal(2, 2), draw.normal(2)] for _ in range(2 + draw.size)]
-        gradients[0][1] = None
-        results[f"p with {name}"] = run(optimizer, [matrix, bias], gradients)
-        state = [optimizer.state[matrix][key] for key in rule.state_names]
-        results |= {f"{key} of {name}": value for key, value in zip(rule.state_names, state, strict=True)}
-    return results
+    return results | run_groups(draw, RMSprop) | run_groups(draw, SGD)
 
 
 def schedules(draw):
