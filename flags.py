@@ -242,7 +242,8 @@ def loop_conflicts(flags, typed):
     yield "sampler" in typed and takes_all, chosen
     for key, _, path in (entry.partition("=") for entry in flags["outputs"] or ()):
         name, split = key.split("-")
-        yield name not in flags["tasks"], f"--{name}_{split}_out: this run has no task {name}: add it to --tasks"
+        missing = name not in flags["tasks"] and flags["option"] != "evaluate"  # a saved run has tasks of its own
+        yield missing, f"--{name}_{split}_out: this run has no task {name}: add it to --tasks"
         yield not path or Path(path).is_dir(), f"--{name}_{split}_out {path}: is no file: give the path of a CSV file"
     siamese = any("siamese" in entry for entry in flags["pairs"])
     yield "siamese_features" in typed and not siamese, "--siamese_features belongs to --pairs siamese"

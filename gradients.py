@@ -231,6 +231,7 @@ def surgery_conflicts(flags, typed):
     name, is_on = flags["gradients"], flags["gradients"] != "sum"
     return [
         (is_on and len(flags["tasks"]) < 2, f"--gradients {name} needs at least two --tasks"),
+        (is_on and flags["option"] == "pretrain", f"--gradients {name} compares gradients in BERT: pretrain has none"),
         (
             is_on and flags["step"] == "one_task",
             f"--gradients {name} compares the tasks of one step: leave out --step one_task",

@@ -247,7 +247,7 @@ def phase_steps(parts, phase, position):
 
     A step is a list of (task, batches, exit weights): one entry, or one for each task with --step all_tasks. The
     batches are up to `accumulate` arrays of rows. Step k of a task takes entry k of the phase's `exit_weights`, and
-    after the last entry the first one again.
+    after the last entry the first one again; a task's batches of earlier epochs count as steps.
     """
     settings, groups = parts.settings, {}
     sizes = {name: len(rows) for name, rows in parts.rows.items()}
@@ -259,16 +259,19 @@ def phase_steps(parts, phase, position):
         # each group has one task's rows of an optimiser step, of similar length; the groups are in random order
         grouped = [rows[group] for group in bucketed_batches(lengths, size * settings.accumulate, rng)]
         groups[name] = [[group[i : i + size] for i in range(0, len(group), size)] for group in grouped]
-    counts = {name: len(batches) for name, batches in groups.items()}
+    counts, (epoch, epochs) = {name: len(batches) for name, batches in groups.items()}, phase.part
     if settings.all_tasks:
         order = all_tasks_order(counts)
     else:
-        k, n = phase.part
         rng = make_rng(settings.seed, "order", position)
-        order = [[pair] for pair in SAMPLERS[settings.sampler](counts, k / max(1, n - 1), rng)]
-    # e.g. alternating exits: steps 0, 2, 4 of a task train the last exit, steps 1, 3, 5 all exits
-    cycle = phase.exit_weights
-    return [[(name, groups[name][k], cycle[k % len(cycle)]) for name, k in step] for step in order]
+        order = [[pair] for pair in SAMPLERS[settings.sampler](counts, epoch / max(1, epochs - 1), rng)]
+
+    def entry(name, k):
+        # e.g. alternating exits: steps 0, 2, 4 of a task train the last exit, steps 1, 3, 5 all exits
+        n, cycle = counts[name], phase.exit_weights
+        return name, groups[name][k % n], cycle[(epoch * n + k) % len(cycle)]
+
+    return [[entry(*pair) for pair in step] for step in order]
 
 
 def train_step(parts, optimizer, terms, step, multiplier):

@@ -21,9 +21,10 @@ import torch
 
 from bert import attend_plain
 from early_exit import FOLDS, UNREACHABLE, ExitInference, candidates, cross_fit, layer_scores, scores_at
+from errors import InputError
 from evaluation import AtExit, evaluate, mean_norm, predict, predict_exits, write_predictions
 from files import write_whole
-from parallel import progress_bars
+from parallel import progress_bars, rank
 from runs import command_line, damaged, memory_mib
 
 # colours of the tasks, by their position in the run: well apart for colour-blind readers (Okabe and Ito)
@@ -356,6 +357,8 @@ def copy_predictions(folder, outputs):
     """Copy prediction files of a run; `outputs` has entries such as "sst-dev=FILE", from the flag --sst_dev_out."""
     for key, _, path in (entry.partition("=") for entry in outputs or ()):
         source = Path(folder) / "predictions" / f"{key}-output.csv"
+        if not (source.exists() or rank()):
+            raise InputError(f"--{key.replace('-', '_')}_out: there is no {source}: the run has no such task or data")
         # a function, since only the first process has the file
         write_whole(path, lambda out, source=source: out.write(source.read_bytes()))
 

@@ -591,6 +591,9 @@ class Recorder:
         Returns norm, or None without an evaluation.
         """
         history, norm, self.best_evaluation = self.history, None, None
+        # the losses were finite, but the last step may have been too large
+        if not all(parameter.isfinite().all() for parameter in self.parts.model.parameters()):
+            raise InputError(f"{self.folder.path}: {phase.label} ends with infinite parameters or NaN: lower --lr")
         if phase.keep or phase.scored:
             scores, predictions = self.evaluate(evaluate)
             norm, is_best = scores.norm, phase.keep and scores.norm > history.best

@@ -73,7 +73,8 @@ def phase_rows(rows, sizes, start, fraction, seed):
     return chosen
 
 
-# --- task order: {task: number of batches}, annealing, generator -> [(task, batch index)] -------------------------
+# --- task order: {task: number of batches}, annealing, generator -> [(task, k)] ------------------------------------
+# Step k = 0, 1, 2, ... of a task takes its batch k, and after the last batch the first one again.
 # `annealing` is (e - 1) / (E - 1) in epoch e of E, or 0 if E is 1: it is 1 in the last epoch.
 
 
@@ -87,18 +88,18 @@ def round_robin(counts, annealing, rng):
     return [(name, k) for k in range(max(counts.values())) for name in counts if k < counts[name]]
 
 
-def number_batches(order, counts):
-    """Give each entry of a sequence of tasks the task's next batch, the first one again after the last."""
+def number_steps(order, counts):
+    """Number the entries of a sequence of tasks, each task for itself."""
     used, numbered = dict.fromkeys(counts, 0), []
     for name in map(str, order):  # numpy draws strings of its own type
-        numbered.append((name, used[name] % counts[name]))
+        numbered.append((name, used[name]))
         used[name] += 1
     return numbered
 
 
 def shuffled(counts, annealing, rng):
     """All batches in random order."""
-    return number_batches(rng.permutation([name for name in counts for _ in range(counts[name])]), counts)
+    return number_steps(rng.permutation([name for name in counts for _ in range(counts[name])]), counts)
 
 
 def drawn(alpha):
@@ -106,7 +107,7 @@ def drawn(alpha):
 
     def order(counts, annealing, rng):
         weights = np.array([count ** alpha(annealing) for count in counts.values()])
-        return number_batches(rng.choice(list(counts), size=sum(counts.values()), p=weights / weights.sum()), counts)
+        return number_steps(rng.choice(list(counts), size=sum(counts.values()), p=weights / weights.sum()), counts)
 
     return order
 
@@ -123,6 +124,6 @@ SAMPLERS |= {name: drawn(alpha) for name, alpha in ALPHAS.items()}
 def all_tasks_order(counts):
     """Steps that take one batch of every task; shorter tasks start again until the longest one ends.
 
-    Returns a list of lists of (task, batch index).
+    Returns a list of lists of (task, k).
     """
-    return [[(name, k % count) for name, count in counts.items()] for k in range(max(counts.values()))]
+    return [[(name, k) for name in counts] for k in range(max(counts.values()))]

@@ -187,8 +187,8 @@ class AdversarialSmart(NoiseTerm):
         gradient = [g * mask.unsqueeze(-1) for g, mask in zip(gradient, masks, strict=True)]  # 0 on padding
         # |g|_inf of each example over its tokens, units and passes: [passes,b] to [b] to [b,1,1]
         largest = torch.stack([g.abs().amax(dim=(1, 2)) for g in gradient]).amax(0)[:, None, None]
-        # a gradient of 0 would divide by 0; with the smallest positive number the step stays 0
-        step = STEP_PER_RADIUS * self.radius * scale / largest.clamp(min=torch.finfo(largest.dtype).tiny)
+        # a gradient of 0 would divide by 0; with a tiny number the step stays 0, and its size finite
+        step = STEP_PER_RADIUS * self.radius * scale / largest.clamp(min=1e-30)
         end = tuple((x + step * g).clamp(-radius, radius) for x, g in zip(start, gradient, strict=True))
         return start, end
 

@@ -387,16 +387,14 @@ def test_the_flag_reads_the_registry_when_the_parser_is_made(monkeypatch, capsys
 
 def test_the_record_of_gradient_surgery():
     assert isinstance(SURGERY, Method)
-    flags = vars(surgery_parser().parse_args([])) | {"tasks": ["sst"], "step": "one_task"}
+    flags = vars(surgery_parser().parse_args([])) | {"tasks": ["sst"], "step": "one_task", "option": "pretrain"}
     assert flags["gradients"] == "sum" and SURGERY.needs(flags) == set()
     assert not any(applies for applies, _ in SURGERY.conflicts(flags, {"step"}))
     for name in ("pcgrad", "gradvac"):
         flags |= {"gradients": name}
         assert SURGERY.needs(flags) == {"all_tasks"}
         sentences = [sentence for applies, sentence in SURGERY.conflicts(flags, {"step"}) if applies]
-        assert [word in line for word, line in zip(("--tasks", "--step one_task"), sentences, strict=True)] == [
-            True
-        ] * 2
+        assert all(w in line for w, line in zip(("--tasks", "pretrain", "--step one_task"), sentences, strict=True))
         assert all(f"--gradients {name}" in sentence for sentence in sentences)
-        fine = flags | {"tasks": ["sst", "para"], "step": None}
+        fine = flags | {"tasks": ["sst", "para"], "step": None, "option": "finetune"}
         assert not any(applies for applies, _ in SURGERY.conflicts(fine, set()))

@@ -144,6 +144,25 @@ def test_alternating_exits_reach_every_task_in_turn_whatever_the_order_of_tasks(
         assert counts == [(1, depth)[k % 2] for k in range(len(counts))] and len(counts) > 1, name
 
 
+@pytest.mark.parametrize("batch_size", [4, 16, 1000])
+def test_alternating_exits_reach_a_task_whose_batches_come_again(program, start, batch_size):
+    """In a step of all tasks a short task starts again, and a task of one batch has one step in an epoch."""
+    flags = f"--early_exit --exit_loss alternating --step all_tasks --epochs 2 --batch_size {batch_size}"
+    parts = make_parts(program, start, flags)
+    parts = replace(parts, rows=parts.rows | {"sts": parts.rows["sts"][:10]})
+    plan, met, batches = parts.plan(), {name: [] for name in parts.data}, {name: [] for name in parts.data}
+    for position, phase in enumerate((next(plan), plan.send(0.0))):
+        for step in phase_steps(parts, phase, float(position)):
+            for name, groups, weights in step:
+                met[name].append(len(weights))
+                batches[name] += [group.tolist() for group in groups if position == 0]
+    for name, counts in met.items():
+        assert len(set(counts)) == 2 and abs(counts.count(1) - len(counts) / 2) <= 1, (name, counts)
+        first = batches[name][: -(-len(parts.rows[name]) // batch_size)]
+        assert sorted(sum(first, [])) == sorted(parts.rows[name].tolist()), name
+        assert batches[name] == [first[k % len(first)] for k in range(len(batches[name]))], name
+
+
 def test_exits_for_training_alone_have_no_learning_to_exit(program, start):
     """Sequential Layer Focus by itself trains exits to teach the layers, not to leave by."""
     assert set(make_parts(program, start, "--slf").terms) == {"loss"}

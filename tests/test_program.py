@@ -762,6 +762,23 @@ def test_wrong_numbers_stop_the_run_and_name_the_examples(program):
     assert not (program.path("diverged") / "best.safetensors").exists()
 
 
+def test_parameters_that_the_last_step_made_infinite_are_not_kept(program):
+    """The losses of the run were all finite: the one step came after them."""
+    flags = ("--lr", 3e38, "--clip", 0, "--optimizer", "sgd", "--warmup", 0, "--schedule", "constant")
+    line = program.refused("last-step", "--tasks", "sts", "--epochs", 1, "--batch_size", 1000, *flags)
+    assert "epoch 1/1 ends with infinite parameters or NaN: lower --lr" in line
+    assert not (program.path("last-step") / "best.safetensors").exists()
+
+
+def test_a_saved_runs_own_tasks_decide_which_predictions_are_copied(program):
+    run = program.train("one-task", "--tasks", "cfimdb", "--epochs", 1)
+    copy, evaluate = program.folder / "copy.csv", ("--option", "evaluate", "--run_dir", run)
+    assert not main([*map(str, evaluate), "--cfimdb_dev_out", str(copy)])
+    assert copy.read_bytes() == (run / "evaluate" / "predictions" / "cfimdb-dev-output.csv").read_bytes()
+    with pytest.raises(InputError, match="--sst_dev_out: .* the run has no such task or data"):
+        main([*map(str, evaluate), "--sst_dev_out", str(copy)])
+
+
 @pytest.mark.parametrize("at", [1, 2])
 def test_a_full_disk_leaves_the_run_that_was_to_be_replaced(fresh, monkeypatch, at):
     run = fresh.train("run", "--epochs", 1)

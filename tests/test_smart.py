@@ -346,6 +346,18 @@ def test_a_vanished_perturbation_stops_the_run(radius, step, start, monkeypatch)
     assert f"--smart_radius {radius:g}:" in message and "raise --smart_radius" in message and "\n" not in message
 
 
+@pytest.mark.parametrize("radius", [0.03, 1.0, 1e4])
+def test_an_example_without_a_slope_stays_where_it_started(radius):
+    """Its step is divided by a number near 0: infinite, it would make 0 * infinity of a gradient of 0."""
+    model = make_model(dtype=torch.float32)
+    batch = make_batch(model.tasks["para"])
+    outputs, weights = forward(model, batch)
+    with torch.no_grad():
+        model.heads["para"].weight.zero_()
+    start, end = AdversarialSmart(["para"], seeded(), radius=radius).perturb(model, batch, outputs, weights)
+    assert all(torch.equal(before, after) and after.abs().sum() > 0 for before, after in zip(start, end, strict=True))
+
+
 def test_outputs_that_never_move_stop_the_run():
     model = make_model(dtype=torch.float32)
     nn.init.zeros_(model.heads["sst"].weight)

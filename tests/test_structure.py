@@ -26,7 +26,7 @@ SUBJECT = (
     *("evaluation", "early_exit", "slf", "smart", "adapters", "gradients", "predict"),
 )
 # Ceilings in lines of code without blank lines, comments and docstrings. Raise one only with a line in LOG.md.
-SUBJECT_LINES, RUNNING_LINES, CLASSIFIER_LINES, FILES = 2775, 1895, 400, 26
+SUBJECT_LINES, RUNNING_LINES, CLASSIFIER_LINES, FILES = 2775, 1900, 400, 26
 COMMENTS_PER_100 = 12
 FUNCTION_LINES, PARAMETERS, FIELDS = 60, 7, 12
 # the fields of BertConfig are the names of the hub's config.json
