@@ -31,7 +31,7 @@ from lab.rows import GROUPS, recipe_of, split_name
 
 # standard deviation of a score from seed to seed after a long run with mixed tasks; core and splits have such seeds
 SEED_NOISE = {"norm": 0.005, "sst": 0.01, "para": 0.005, "sts": 0.005, "cfimdb": 0.02}
-# that of other runs is so many times as large: short ones (assumed; five recipes of slf-ablation have two seeds, whose
+# that of other runs is so many times as large: short ones (assumed; six recipes of slf-ablation have two seeds, whose
 # norms vary by .004), and those that train one task after another (the two seeds of splits: .671 and .702)
 SHORT, SEQUENTIAL = 2, 4
 SHORT_GROUPS = ("methods", "defaults", "berter-figures", "smarter", "adaptations", "slf-ablation", "embedding-order")

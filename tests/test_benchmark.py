@@ -202,7 +202,8 @@ def test_part_runs(setup, part, in_this_process, capsys):
     assert all(bool(goal["values"]) == measured for goal in record["goals"])
     if part == "profile":
         assert set(record["bounds"]) == {benchmark.TRAINING, benchmark.EVALUATION}
-        assert "aten::mm" in record["notes"][1] and "different shapes" in record["notes"][2]
+        # which operations are the dearest depends on how busy the machine is
+        assert record["notes"][1].count("| aten::") > 5 and "different shapes" in record["notes"][2]
 
 
 def test_the_gpu_part_measures(setup, tmp_path, monkeypatch):

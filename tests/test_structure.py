@@ -58,7 +58,7 @@ MAY_IMPORT = {
     "gradients": ("methods", "parallel"),
     "evaluation": ("errors", "files", "parallel", "tasks", "datasets", "early_exit"),
     "runs": ("base_bert", "errors", "files", "parallel", "tasks", "weights"),
-    "report": ("bert", "early_exit", "evaluation", "files", "parallel", "runs", "tasks"),
+    "report": ("bert", "early_exit", "errors", "evaluation", "files", "parallel", "runs", "tasks"),
     "flags": (*METHODS, "errors", "methods", "runs", "datasets", "samplers", "tasks"),
     "building": (
         *(*METHODS, *DATA, "base_bert", "errors", "evaluation", "flags", "methods", "parallel", "runs", "weights"),
