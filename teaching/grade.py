@@ -396,8 +396,8 @@ def write_results(path, content):
 
 
 def is_zip(path):
-    """Return whether a path is a zip by its name."""
-    return path.suffix.lower() == ".zip" and path.is_file()
+    """Return whether a path is a zip by its name, which macOS hides for its own files."""
+    return path.suffix.lower() == ".zip" and path.name[0] != "." and path.is_file()
 
 
 def unpack(path, folder):
@@ -437,10 +437,10 @@ def find_files(submission, scratch):
         raise InputError(f"{submission}: no folder and no zip: give what has the student's .py files in it")
     found = {} if is_zip(path) else folders_with_modules(path)
     if not found:
-        for number, file in enumerate([path] if is_zip(path) else sorted(filter(is_zip, path.rglob("*")))):
-            unpack(file, scratch / str(number))
+        for file in [path] if is_zip(path) else sorted(filter(is_zip, path.rglob("*"))):
+            unpack(file, scratch / file.relative_to(path.parent))
         found = folders_with_modules(scratch)
-    return min(found, key=lambda folder: (-found[folder], len(folder.parts), folder), default=path)
+    return min(found, key=lambda folder: (-found[folder], len(folder.parts), folder), default=scratch)
 
 
 def grade(submission, parts=(), seed=PUBLIC_SEED, seconds=SECONDS, results_path=None):

@@ -190,8 +190,8 @@ def take_step(draw, batches, clip=0.0, multiplier=1.0, name="sst", more=()):
         results, parts.returned = train_step(parts, optimizer, terms, step, multiplier)
     changes = torch.cat([(new.detach() - old).flatten() for new, old in zip(chosen, before, strict=True)])
     parts.passes = str(all(passes))
-    draw.show(task=name, rows_of_each_batch=str(rows_before), clip=clip, multiplier=multiplier)
-    draw.show(share="every second row, weight 0.5")
+    share = "every second row, weight 0.5"
+    draw.show(task=name, rows_of_each_batch=str(rows_before), clip=clip, multiplier=multiplier, share=share)
     return changes, parts, results
 
 

@@ -40,17 +40,17 @@ def show_run(draw, parameters, gradients, case):
 
 def run_groups(draw, rule):
     """Take steps with two groups, of which one decays; one parameter has no gradient in the first step."""
-    name = rule.__name__
+    case = f"two groups, {rule.__name__}"
     matrix, bias = (torch.nn.Parameter(draw.normal(*shape)) for shape in ((2, 2), (2,)))
     groups = [{"params": [matrix], "weight_decay": 0.2}, {"params": [bias], "weight_decay": 0.0}]
     lr = draw.uniform(0.05, 0.2)
     optimizer = rule(groups, lr=lr)
     gradients = [[draw.normal(2, 2), draw.normal(2)] for _ in range(2 + draw.size)]
     gradients[0][1] = None
-    show_run(draw, [matrix, bias], gradients, f"two groups, {name}")
-    draw.show(**{f"settings for two groups, {name}": f"lr={lr:.5f}, weight_decay=0.2 and 0, the others by default"})
-    results = {f"p of two groups, {name}": run(optimizer, [matrix, bias], gradients)}
-    return results | {f"{key} of two groups, {name}": optimizer.state[matrix][key] for key in rule.state_names}
+    show_run(draw, [matrix, bias], gradients, case)
+    draw.show(**{f"settings for {case}": f"lr={lr:.5f}, weight_decay=0.2 and 0, the others by default"})
+    results = {f"p of {case}": run(optimizer, [matrix, bias], gradients)}
+    return results | {f"{key} of {case}": optimizer.state[matrix][key] for key in rule.state_names}
 
 
 def adamw(draw):
