@@ -11,9 +11,9 @@ kind leaves the layer unchanged before training. h is the input of the layer, y 
     lora         W h + b + (alpha / m) B A h          A [m,d], B [d,m], m << d; on query and value; B starts at 0
     lhuc         y * 2 sigmoid(r)                     r [d] starts at 0; scales every unit of the layer's output
 
-In a PAL, x = LN(h + MH(h)), so without its last term it is the ordinary layer. g lets every token read all tokens. The
-V_E and V_D of a task serve all layers; the query, key and value of g belong to one layer. LHUC may be added to any
-other kind and acts last.
+In a PAL, x = LN(h + MH(h)), so without its last term it is the ordinary layer. (Differs: the adaptations paper adds h
+instead of x.) g lets every token read all tokens. The V_E and V_D of a task serve all layers; the query, key and value
+of g belong to one layer. LHUC may be added to any other kind and acts last.
 
 Sources: layer-level adaptations 2.1, 2.2 and 3.2; Houlsby et al. (2019); Stickland and Murray (2019) for PAL; Hu et al.
 (2021) for LoRA; Swietojanski and Renals (2014) for LHUC.

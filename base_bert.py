@@ -237,7 +237,7 @@ class BertPreTrainedModel(nn.Module):
         config = BertConfig.from_json(folder / "config.json")
         check_vocabulary(folder, config.vocab_size)
         weights = read_weights(path)
-        # A tensor on the meta device has a shape but no numbers: none are drawn, only to be overwritten.
+        # A tensor on the meta device has a shape but no numbers, so none are drawn in vain.
         with torch.device("meta"):
             model = cls(config, **arguments)
         model.tokenizer_files = {
@@ -293,7 +293,7 @@ class Dropout(nn.Module):
 
     def forward(self, x):
         """Drop numbers of x; in evaluation, or where p rounds to 0, return x itself."""
-        # of LEVELS equally likely values, this many drop a number; not all, since the scale divides by the rest
+        # how many of the LEVELS equally likely values drop a number; not all, since the scale divides by the rest
         dropped = min(round(self.p * LEVELS), LEVELS - 1)
         if not self.training or dropped == 0:
             return x

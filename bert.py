@@ -29,7 +29,7 @@ MASKED_SCORE = -1e4
 
 
 def attend_plain(query, key, value, extended_mask, dropout):
-    """Average the values of all tokens, weighted by how well each token's query fits their keys.
+    """For each token, average the values of all tokens, weighted by how well its query fits their keys.
 
     Shapes: query, key, value [b,h,s,k], extended_mask [b,1,1,s]; returns [b,h,s,k].
     Source: Vaswani et al. (2017), equation 1.
@@ -46,7 +46,7 @@ def attend_plain(query, key, value, extended_mask, dropout):
 
 
 def attend_sdpa(query, key, value, extended_mask, dropout):
-    """Compute the same as attend_plain in PyTorch's fused kernel.
+    """Compute the same as attend_plain in PyTorch's fused kernel, which draws dropout masks of its own.
 
     Shapes: query, key, value [b,h,s,k], extended_mask [b,1,1,s]; returns [b,h,s,k].
     """

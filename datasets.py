@@ -46,7 +46,7 @@ class Batch:
 
     Shapes: each segment is (input_ids, mask, segment_ids), each [b,s]; labels [b] or None; features [b,w] or None.
     Features are the cached states of a frozen BERT, the input of the head. A batch with features has no segments.
-    Where several processes split a batch, `place` is (the positions of these rows in it, its number of rows).
+    Where several processes split a batch, `place` is (positions in the entire batch, its number of rows).
     """
 
     task: object
@@ -220,7 +220,7 @@ def bucketed_batches(lengths, batch_size, rng, pool=32):
     """Divide the positions 0..n-1 into batches of similar length, in random order.
 
     The positions are shuffled and divided into pools of `pool` batches; each pool is sorted by length and cut into
-    batches. This halves the padding, and the order stays random: rng determines which rows share a pool, the order of
+    batches. This halves BERT's input, and the order stays random: rng determines which rows share a pool, the order of
     rows of equal length, and the order of the batches.
     Shapes: lengths [n] -> a list of int arrays, which contain every position once.
     """

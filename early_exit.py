@@ -1,8 +1,8 @@
 """Early exit: a classifier after every layer, and inference that leaves at the first exit that is sure enough.
 
 Many inputs do not need every layer. After layer i, exit i predicts with a pooler and heads of its own. v_i is the
-vector that its head sees (its state), g_i(v_i) its prediction. Training adds up the losses of all exits (BERTer 3.3,
-after DeeBERT and BERxiT):
+vector that its head sees (its state), g_i(v_i) its prediction. Training adds up the losses of all exits (BERTer 3.3 and
+"Novel Fine-Tuning Strategy", after DeeBERT and BERxiT):
 
     loss = sum_i w_i (L_i + J_i)        L_i = H(y, g_i(v_i)) is the task's loss at exit i, w_i the exit's weight
 
@@ -46,7 +46,7 @@ UNREACHABLE = 1.01
 POOLED_BATCHES = 4
 # candidates for a threshold cut the sorted certainties into this many equal parts; more would fit the noise of dev
 CANDIDATES = 50
-# the prices of a layer that choose_thresholds tries, in units of the score, the highest first
+# the prices that choose_thresholds puts on a layer, in units of the score, the highest first
 PRICES = (*np.geomspace(1.0, 1e-6, 200), 0.0)
 # share of the mean score that the thresholds may lose on the rows that choose them
 ALLOWED_LOSS = 0.005
@@ -81,7 +81,7 @@ class LTE(nn.Module):
     """Learning to exit: estimates from the head's input how good the head's prediction is.
 
     Shapes: certainty: [b,w] -> [b].
-    Source: BERTer 3.3, u_i = sigmoid(c . v_i + b); BERxiT.
+    Source: BERTer 3.3; BERxiT. Differs: BERTer reads h_i, the hidden state of [CLS], and has one LTE for all tasks.
     """
 
     def __init__(self, width):
@@ -105,7 +105,7 @@ def certainty_target(task, logits, labels, decision_threshold):
 
     Shapes: logits [b,o], labels [b] -> [b].
     Source: BERTer 3.3.
-    Differs: the error of a regression is that of the clamped prediction, measured in halves of the label's range.
+    Differs: the error of a regression is that of the clamped prediction, in units of half the labels' range.
     """
     # detached: t must not push the heads towards predictions that are easy to judge
     values, _ = task.objective.decode(logits.detach(), decision_threshold)  # [b]
@@ -125,6 +125,7 @@ class LTELoss(LossTerm):
         task, lte = batch.task, model.lte[batch.task.name]
         total = torch.zeros(len(batch), device=batch.labels.device)  # [b]
         for i, weight in exit_weights.items():
+            # with a cosine, the decision threshold is that of the last evaluation: 1/2 before the first one
             target = certainty_target(task, outputs.logits[i], batch.labels, model.decision_threshold(task.name))
             # states are not detached: the layers learn to show how sure an exit may be
             total = total + weight * (lte.certainty(outputs.states[i]) - target) ** 2
@@ -157,7 +158,7 @@ class DistillLoss(LossTerm):
 
 
 def weigh_joint(depth):
-    """All exits count alike: sum_i L_i. Source: BERTer 3.3."""
+    """All exits count alike: sum_i L_i. Source: BERTer, "Novel Fine-Tuning Strategy"."""
     return (dict.fromkeys(range(1, depth + 1), 1.0),)
 
 
@@ -250,7 +251,7 @@ class Unfinished:
         return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
     def read(self, part):
-        """The hidden states (None before layer 1) and masks of p rows, and the columns kept. Shapes: c of s columns."""
+        """Cut out p rows: hidden states (None before layer 1), masks, and which c of the s columns they use."""
         used = tuple(mask[part].any(0).nonzero().squeeze(-1) for mask in self.masks)  # [c]: columns with a token
         masks = tuple(mask[part, columns] for mask, columns in zip(self.masks, used, strict=True))  # [p,c]
         hidden = tuple(h[part, columns] for h, columns in zip(self.hidden, used, strict=True)) if self.hidden else None
@@ -261,7 +262,7 @@ class Unfinished:
         if self.hidden is None:
             # zeros: attention masks the cells that a row never fills, but a NaN in them would still spread
             self.hidden = tuple(h.new_zeros(*m.shape, h.shape[-1]) for h, m in zip(hidden, self.masks, strict=True))
-        # in place: the kept rows end before the rows that are still to be read
+        # in place: a kept row moves forward or stays, so it never overwrites one that is still to be read
         front = slice(self.count, self.count + len(stays))
         for h, deeper, mask, columns in zip(self.hidden, hidden, self.masks, used, strict=True):
             h[front, columns] = deeper[stays]  # [r,c,d]
@@ -370,7 +371,8 @@ class ExitScores:
 
 def first_exit(certainty, threshold):
     """The layer after which each row leaves. Shapes: certainty [n,L], threshold a number or [n] -> [n]."""
-    sure = certainty >= np.reshape(threshold, (-1, 1))  # [n,L] with [1,1] or [n,1]
+    # in the certainties' own precision, as ExitInference compares; [n,L] with [1,1] or [n,1]
+    sure = certainty >= np.reshape(threshold, (-1, 1)).astype(certainty.dtype)
     sure[:, -1] = True
     return sure.argmax(1) + 1  # argmax returns the first True
 

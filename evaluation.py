@@ -9,7 +9,8 @@ The main metric is accuracy for classes and Pearson's r for a similarity (tasks.
 The best model of a run is the one with the highest norm at full depth.
 
 A model that predicts the same class for every row may score as high as the majority class, which is easily missed
-(BERTer 5.1). So every evaluation also reports the predicted classes and warns of a collapse.
+(BERTer 5.1). So every evaluation also reports the predicted classes, and warns where a model that may be kept has
+collapsed.
 """
 
 import csv
@@ -95,8 +96,8 @@ def run_batches(model, data, rows, function, batch_size, autocast, show_bar):
     order = np.argsort(-data.lengths()[rows], kind="stable")  # [n]
     back = np.argsort(order)  # the inverse permutation: result back[i] belongs to row i
     starts = deal(range(0, len(rows), batch_size))
-    # One autocast context for all batches, because it keeps the 16-bit copy of each trainable weight. It keeps none of
-    # a frozen weight, and none under inference_mode.
+    # One autocast context for all batches: it caches the 16-bit copies of the trainable weights. It caches none of a
+    # frozen weight, and none under inference_mode.
     with autocast():
         for start in tqdm(starts, f"predict {data.task.name}", disable=not show_bar, leave=False):
             batch = data.batch(rows[order[start : start + batch_size]]).to(device)
@@ -222,7 +223,7 @@ def fit_decision_threshold(scores, labels):
     """
     order = np.argsort(scores, kind="stable")
     scores, labels = np.asarray(scores, np.float64)[order], np.asarray(labels)[order]
-    # right[k] for k = 0..n: rows that are right if the k lowest scores are predicted 0 and the others 1
+    # right[k] for k = 0..n: how many rows are right if the k lowest scores are predicted 0 and the others 1
     right = np.concatenate([[0], np.cumsum(labels == 0)]) + np.concatenate([np.cumsum(labels[::-1] == 1)[::-1], [0]])
     edges = np.concatenate([[scores[0] - 1e-3], (scores[1:] + scores[:-1]) / 2, [scores[-1] + 1e-3]])  # [n + 1]
     # no threshold separates two equal scores
@@ -272,7 +273,8 @@ def write_predictions(folder, predictions, split):
 
 # --- the names of the CS224N skeleton -----------------------------------------------------------------------------
 
-# {task: (method of the model, logits to predictions)}; a similarity may have any scale here
+# {task: (method of the model, its output to predictions)}; Quora's output is a logit here (--para_loss bce), and a
+# similarity may have any scale
 SKELETON = {
     "para": ("predict_paraphrase", lambda logits: logits.sigmoid().round()),
     "sst": ("predict_sentiment", lambda logits: logits.argmax(-1)),

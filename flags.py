@@ -179,7 +179,7 @@ def add_loop_flags(group):
     group.add_argument("--schedule", choices=tuple(SCHEDULES), default="linear", help="how the learning rate falls")
     group.add_argument("--warmup", type=below_one, default=0.1, help="part of the training in which it rises first")
     group.add_argument("--clip", type=at_least_zero, default=1.0, help="largest global gradient norm; 0: no clipping")
-    group.add_argument("--accumulate", type=positive_int, default=1, help="batches per optimiser step")
+    group.add_argument("--accumulate", type=positive_int, default=1, help="batches of a task per optimiser step")
     group.add_argument("--task_weights", nargs="+", metavar="TASK=W", help="weights of the tasks' losses (1 each)")
     group.add_argument(
         "--step",

@@ -1,6 +1,6 @@
 """What a method is to this program: one record with its flags, what it needs, and how it is built.
 
-A file of methods (slf.py, smart.py, adapters.py, ...) ends with their records, and flags.py lists all records. The
+A file of methods (slf.py, smart.py, adapters.py, ...) contains their records, and flags.py lists all records. The
 command line, the checks and the construction of terms, plans and adapters loop over that list. METHODS.md adds a method
 step by step.
 """
@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 from errors import InputError
 
-# the largest number that a flag may count up to, and the most epochs in a phase
+# the largest whole number that a flag takes, and the most epochs in a phase
 MOST, LONGEST_PHASE = 10**9, 100
 
 
 class Resumable:
-    """Base class of what a run saves and continues from; a subclass with a state of its own overrides both."""
+    """Base class of what a run saves and continues from; a subclass with a state of its own overrides both methods."""
 
     def state_dict(self):
         """Tensors and numbers that a resumed run needs."""
@@ -151,7 +151,7 @@ def positive(text):
 
 
 def phase_epochs(text):
-    """The length of a phase in epochs: all of its steps are listed when it starts, and the list needs memory."""
+    """The length of a phase in epochs, limited because all steps of a phase are listed when it starts."""
     value = positive(text)
     if value > LONGEST_PHASE:
         raise argparse.ArgumentTypeError(f"{text} is above {LONGEST_PHASE}")

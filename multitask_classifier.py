@@ -194,7 +194,7 @@ def mean_pool(h, mask):
 
 
 def pair_features(u, v, kind):
-    """Features of two sentence vectors: [u; v] or [u; v; |u - v|]. Source: Sentence-BERT, section 3; BERTer 2."""
+    """Features of two sentence vectors: [u; v] or [u; v; |u - v|]. Source: Sentence-BERT, section 3."""
     return torch.cat([u, v] if kind == "uv" else [u, v, (u - v).abs()], dim=-1)  # [b,2d] or [b,3d]
 
 
@@ -207,7 +207,7 @@ def predict_texts(model, name, *segments):
         for ids_a, mask_a, ids_b, mask_b in zip(*segments[0], *segments[1], strict=True):
             a, b = ids_a[mask_a.bool()].tolist(), ids_b[mask_b.bool()].tolist()
             # without their [CLS] (first) and [SEP] (last), then joined: no padding between the texts
-            rows.append(pack(a[1:-1], b[1:-1], a[0], a[-1]))
+            rows.append(pack(a[1:-1], b[1:-1], a[0], a[-1], model.bert.config.max_position_embeddings))
         packed = [tuple(x.to(ids.device) for x in pad(rows, model.bert.config.pad_token_id))]
     else:
         # segment ids: 1 for the second text of embed_concat, 0 otherwise
@@ -221,7 +221,10 @@ def predict_texts(model, name, *segments):
 
 
 class TaskLoss(LossTerm):
-    """The loss term that every run has: the task's loss at each exit, weighted. Source: BERTer 3.3, sum of L_i."""
+    """The loss term that every run has: the task's loss at each exit, weighted.
+
+    Source: BERTer, "Novel Fine-Tuning Strategy", sum of L_i.
+    """
 
     def __call__(self, model, batch, outputs, exit_weights):
         return sum(w * batch.task.objective.loss(outputs.logits[i], batch.labels) for i, w in exit_weights.items())
@@ -247,7 +250,7 @@ def phase_steps(parts, phase, position):
 
     A step is a list of (task, batches, exit weights): one entry, or one for each task with --step all_tasks. The
     batches are up to `accumulate` arrays of rows. Step k of a task takes entry k of the phase's `exit_weights`, and
-    after the last entry the first one again; a task's batches of earlier epochs count as steps.
+    after the last entry the first one again; its steps in earlier epochs count.
     """
     settings, groups = parts.settings, {}
     sizes = {name: len(rows) for name, rows in parts.rows.items()}

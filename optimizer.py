@@ -83,11 +83,11 @@ class AdamW(Optimizer):
     Raises: InputError for settings out of range.
     Source: Kingma and Ba 2015, end of section 2 (the corrections are part of the step size); Loshchilov and
         Hutter 2019, algorithm 2 (decoupled decay).
-    Differs: torch.optim.AdamW divides m / (1 - beta1^t) by sqrt(v / (1 - beta2^t)) + eps_torch. Multiply numerator
-        and denominator by sqrt(1 - beta2^t): this is the step here with eps = eps_torch sqrt(1 - beta2^t). So torch
-        takes the same step if its eps is set to eps / sqrt(1 - beta2^t) before every step.
+    Differs: torch.optim.AdamW adds its eps to sqrt(v / (1 - beta2^t)), here eps is added to sqrt(v). torch takes the
+        same step if its eps is set to eps / sqrt(1 - beta2^t) before every step.
         torch decays before the step, p <- p (1 - lr weight_decay) - step. The two results differ by
-        lr * weight_decay * step.
+        lr * weight_decay * step. Algorithm 2 also decays the old p, by the schedule's factor times weight_decay: its
+        decay does not grow with lr.
     """
 
     state_names = ("exp_avg", "exp_avg_sq")  # m and v
@@ -223,7 +223,7 @@ def clip_gradients(parameters, max_norm):
         return torch.zeros(())
     # the norm of all numbers is the norm of the tensors' norms: n tensors to [n] to []
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
-    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)  # 1e-6: gradients of 0 would divide by 0
+    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)  # 1e-6 as in torch's clip_grad_norm_
     # in place. On a CPU, reading the factor is free, and a factor of 1 saves a pass over all gradients
     if norm.device.type != "cpu" or factor != 1:
         torch._foreach_mul_(gradients, factor)

@@ -16,7 +16,7 @@ Task order. `sequential` trains one task after the other, as BERTer's baseline d
 interleave the same batches. `proportional`, `sqrt` and `annealed` draw the task of each step with probability
 p ~ N^alpha (alpha 1, 1/2, and 1 - .8 (e-1)/(E-1) in epoch e of E; Stickland and Murray 2019). Then a task's batches
 may be used more than once or not at all in an epoch, while the number of steps stays the same. N is the number of
-batches that the split leaves a task. With the split `equal` these three hardly differ: they are meant for `full`. The
+steps that the split leaves a task. With the split `equal` these three hardly differ: they are meant for `full`. The
 order `proportional` has nothing to do with the split of that name.
 """
 
@@ -103,7 +103,7 @@ def shuffled(counts, annealing, rng):
 
 
 def drawn(alpha):
-    """Make the order that draws each step's task with p ~ N^alpha(annealing)."""
+    """Make the order that draws each step's task with p ~ N^a, a = alpha(annealing)."""
 
     def order(counts, annealing, rng):
         weights = np.array([count ** alpha(annealing) for count in counts.values()])

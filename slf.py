@@ -79,7 +79,7 @@ class Phase:
     """
 
     label: str
-    fraction: float  # length in passes over the data, such as .5 or 2
+    fraction: float  # length in passes over the rows that --split leaves, such as .5 or 2
     exit_weights: tuple
     modules: Callable = everything
     # (k, n): number k, from 0, of n phases with one learning-rate schedule; they share an optimiser too, as long as
@@ -140,9 +140,9 @@ def two_stage(epochs, depth, joint, size=1.0):
     """
     others = {i: weight for i, weight in joint.items() if i != depth}
     for epoch in range(epochs):
-        yield Phase(
-            f"stage 1 (last exit), epoch {epoch + 1}/{epochs}", size, ({depth: 1.0},), part=(epoch, epochs), keep=False
-        )
+        label = f"stage 1 (last exit), epoch {epoch + 1}/{epochs}"
+        # scored, because a fitted decision threshold enters the LTE's targets in stage 2
+        yield Phase(label, size, ({depth: 1.0},), part=(epoch, epochs), keep=False, scored=True)
     # other parameters train now, so the loop makes a new optimiser; the schedule starts again
     for epoch in range(epochs):
         label = f"stage 2 (other exits), epoch {epoch + 1}/{epochs}"
@@ -229,7 +229,7 @@ def build_alternating(flags, depth, plan):
 def check_alternating(flags, typed):
     """Conflicts of Smart Alternating: pairs (applies, sentence)."""
     kind = flags["exit_loss"]
-    # a cycle of several entries also switches between exits, batch by batch
+    # a cycle of several entries also switches between exits, step by step
     both = flags["smart_alternating"] and (kind == "two_stage" or len(EXIT_WEIGHTS[kind](2)) > 1)  # 2: any depth
     yield both, f"--exit_loss {kind} and --smart_alternating both choose the exits: choose one"
 
@@ -237,7 +237,7 @@ def check_alternating(flags, typed):
 def add_slf_flags(group):
     """The flags of Sequential Layer Focus."""
     group.add_argument("--slf", action="store_true", help="Sequential Layer Focus: layer by layer, then all layers")
-    group.add_argument("--slf_epochs", type=phase_epochs, default=0.25, help="passes over the data per stage-1 layer")
+    group.add_argument("--slf_epochs", type=phase_epochs, default=0.25, help="passes over each task's part per layer")
 
 
 def check_slf(flags, typed):

@@ -33,7 +33,7 @@ from parallel import every_process
 from tasks import widen
 
 # The adversarial radius in multiples of the embeddings' RMS (root mean square), chosen by measurement. The step is 100
-# times the radius, and the standard deviation of the start equals the radius: as in the papers (1e-3, 1e-5, 1e-5).
+# times the radius, and the standard deviation of the start equals the radius: as in Jiang et al. (1e-3, 1e-5, 1e-5).
 RADIUS, STEP_PER_RADIUS = 0.03, 100
 # Standard deviation of the noise: GaussianSmart's in the units of the embeddings, LNSR's in multiples of their RMS.
 GAUSSIAN_SIGMA, LNSR_SIGMA = 0.05, 0.05
@@ -420,7 +420,7 @@ BREGMAN = Method(
 NOISE_STABILITY = Method(
     "layer-wise noise stability (Hua et al. 2021)",
     add_flags=lambda group: add_task_flags(
-        group, "lnsr", "noise stability", 1.0, "weight of the penalty, a mean over units and layers: 1 changes little"
+        group, "lnsr", "noise stability", 1.0, "weight of the penalty, a mean over all hidden numbers: 1 changes little"
     ),
     conflicts=lambda flags, typed: [
         *task_conflicts(flags, typed, "lnsr", "weight"),

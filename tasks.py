@@ -59,7 +59,7 @@ class Objective:
     decode: Callable
     make_head: Callable
     start: float = 0.0  # a new head's bias, so its first output
-    head_dropout: bool = True  # a cosine has none: dropout would shrink it by 1 - p, in training only
+    head_dropout: bool = True  # a cosine has none: dropout would multiply it by 1 - p, in training only
     fits_threshold: bool = False  # whether the decision threshold is fitted on training rows
     needs_two_vectors: bool = False  # whether the head compares two sentence vectors (siamese pairs)
 
@@ -232,7 +232,7 @@ def softmax_divergence(p_logits, q_logits):
 def bernoulli_divergence(p_logits, q_logits):
     """KL(p|q) + KL(q|p) of two Bernoulli distributions; a softmax over one logit would always give 0."""
     p, q = widen(p_logits).squeeze(-1), widen(q_logits).squeeze(-1)  # the logits: [b,1] to [b]
-    side = torch.where(p > 0, -1.0, 1.0)  # a sigmoid is exact near 0, not near 1: there 1 - p is compared with 1 - q
+    side = torch.where(p > 0, -1.0, 1.0)  # sigmoid(x) loses digits near 1: for p > 0, -p and -q are compared
     return ((side * p).sigmoid() - (side * q).sigmoid()) * side * (p - q)
 
 
@@ -259,7 +259,7 @@ def decide(score, threshold):
     """
     below = score / (2 * threshold)  # from 0 to 1/2
     above = 0.5 + (score - threshold) / (2 * (1 - threshold))  # from 1/2 to 1
-    p = torch.where(score < threshold, below, above)
+    p = torch.where(score < threshold, below, above).clamp(0, 1)  # a cosine may round to above 1
     return (p > 0.5).to(p.dtype), torch.stack([1 - p, p], dim=-1)  # [b], [b,2]
 
 
@@ -348,7 +348,7 @@ def cosine_value(high):
 
 
 def as_many_as(other):
-    """Make an entry of epoch_rows: as many rows as the task `other` has, or all if that is more than there are.
+    """Make an entry of epoch_rows: as many rows as the task `other` has, but at most all rows of the task itself.
 
     A run without that task takes as many as its smallest task has.
     """

@@ -203,7 +203,7 @@ class BertTokenizer:
         return len(self.vocab)
 
     def normalize(self, text):
-        """Clean a text; an uncased vocabulary also needs it without accents and capitals."""
+        """Clean a text; for an uncased vocabulary, also remove accents and capitals."""
         text = space_chinese_characters(clean_text(text))
         return lower_case(strip_accents(text)) if self.do_lower_case else text
 

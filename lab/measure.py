@@ -44,9 +44,9 @@ QUANTILES = np.linspace(0, 1, 21)
 ALLOWED = (0.0, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08)
 
 
-def digits(values, is_regression):
-    """Predictions as a short array: a string with a digit for each class, or a list of values."""
-    return [round(float(v), 2) for v in values] if is_regression else "".join(str(int(v)) for v in values)
+def digits(values, is_list):
+    """Values as a short array: a list, or a string with a digit for each of the classes or layers."""
+    return [round(float(v), 2) for v in values] if is_list else "".join(str(int(v)) for v in values)
 
 
 # --- the cost of the training -------------------------------------------------------------------------------------
@@ -59,7 +59,7 @@ def layer_passes(model, phase, allowed):
     """
     deepest = np.mean([max(weights) for weights in phase.exit_weights])
     names = set_trainable(model, phase, allowed)
-    layers = [int(name.split(".")[2]) for name in names if name.startswith("bert.bert_layers.")]
+    layers = [int(name.split(".")[2]) for name in names if name.startswith(("bert.bert_layers.", "adapters.layers."))]
     if any(name.startswith("bert.") and "embedding" in name for name in names):
         layers.append(0)
     return deepest, max(0, deepest - min(layers)) if layers else 0
@@ -169,7 +169,7 @@ def leaving(exits, settings):
     for name, one in exits.items():
         layers = first_exit(one.certainty(settings.policies[name]), thresholds[name])  # [n]
         values = np.take_along_axis(one.values, layers[:, None] - 1, axis=1)[:, 0]
-        result[name] = {"left": digits(layers, False), "left_values": digits(values, one.task.is_regression)}
+        result[name] = {"left": digits(layers, layers.max() > 9), "left_values": digits(values, one.task.is_regression)}
     return result
 
 

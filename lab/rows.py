@@ -282,7 +282,9 @@ BERTER_PAPER = {
 BERTER_TABLE_2 = Group(
     f"{BF16} --epochs 3 --epoch_size 0.5 --split full --sampler sequential --batch_size 16 --lr 1e-4 "
     "--hidden_dropout_prob 0.3 --pooling cls --para_loss mse --seed 1",
-    TABLE_2 | TABLE_2_BEST | more_seeds(TABLE_2, ("Baseline", "SLF + Conc Before Embed")),
+    TABLE_2
+    | TABLE_2_BEST
+    | more_seeds(TABLE_2 | {"Baseline": f"{SIAMESE} {FP32}"}, ("Baseline", "SLF + Conc Before Embed")),
     question="Do the methods of BERTer's Table 2 help, each on equally many examples?",
     blocks={"best recipe": f"--pooling mean {CONCAT} --para_loss bce --sampler random {FP32}"},
     paper=BERTER_PAPER,

@@ -712,8 +712,8 @@ MUTANTS = [
         (
             "model-pack-pairs",
             "multitask_classifier.py",
-            "pack(a[1:-1], b[1:-1], a[0], a[-1])",
-            "pack(a[1:-1], b[:-1], a[0], a[-1])",
+            "pack(a[1:-1], b[1:-1], a[0], a[-1], model",
+            "pack(a[1:-1], b[:-1], a[0], a[-1], model",
             "A packed pair has a second [CLS] before the second text.",
             "program:methods_of_the_course",
         ),

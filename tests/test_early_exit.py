@@ -316,6 +316,17 @@ def test_scores_at_thresholds_by_hand():
     assert (found.score, found.mean_layers, found.shares.tolist()) == (0.25, 1.5, [0.75, 0.0, 0.25])
 
 
+def test_thresholds_between_two_floats_decide_as_torch_decides():
+    """Chosen thresholds are float64; a real run compares them with float32 certainties."""
+    certainty = torch.full((1, 2), 0.9998348)
+    above = torch.nextafter(certainty[0, 0], torch.tensor(1.0)).item()
+    for share in (0.2, 0.4, 0.6, 0.8):
+        threshold = certainty[0, 0].item() * (1 - share) + above * share
+        expected = 1 if certainty[0, 0] >= threshold else 2
+        assert first_exit(certainty.numpy(), threshold).tolist() == [expected]
+        assert first_exit(certainty.numpy(), np.array([threshold])).tolist() == [expected]
+
+
 def scores_of(exits, threshold):
     """Accuracy and mean layers at a threshold."""
     found = scores_at(exits, "confidence", threshold)

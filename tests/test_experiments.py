@@ -456,6 +456,11 @@ def test_the_oracle_leaves_at_the_first_exit_that_no_other_beats():
     assert measure.oracle_layers(one).tolist() == [2]
 
 
+def test_a_short_array_of_layers_has_an_entry_for_each_row():
+    assert measure.digits(np.array([6, 3, 1]), False) == "631"
+    assert measure.digits(np.array([12, 3, 1]), True) == [12, 3, 1]
+
+
 @pytest.mark.parametrize(
     ("words", "norms", "cost"),
     [
@@ -465,6 +470,8 @@ def test_the_oracle_leaves_at_the_first_exit_that_no_other_beats():
         ("--slf --slf_epochs 0.5 --epochs 1", [0.1] * 3, (0.5 * 3 + 0.5 * 4 + 6) / 6),
         # the heads alone: 2 forward; then with the last layer: 2 forward, 2 backward
         ("--gradual_unfreezing 0.5 --epochs 1", [0.1] * 3, (0.5 * 2 + 0.5 * 4 + 6) / 6),
+        # adapters of both layers train, so their gradients pass through both
+        ("--adapter lora --epochs 2", [0.1, 0.2], 2.0),
     ],
 )
 def test_the_cost_of_a_plan_is_counted_by_hand(program, words, norms, cost):

@@ -261,6 +261,10 @@ def test_the_methods_of_the_course_equal_the_forward_pass(program, pairs):
         logits = methods[name](*given)
         assert logits.shape == ((6, 5) if name == "sst" else (6,))
         torch.testing.assert_close(logits, expected.reshape(logits.shape), rtol=0, atol=1e-12)
+    # two texts that each have all positions still make a pair, cut like the loop's
+    most = model.bert.config.max_position_embeddings
+    ids, mask = torch.full((1, most), 7), torch.ones(1, most, dtype=torch.long)
+    assert model.predict_paraphrase(ids, mask, ids, mask).isfinite().all()
 
 
 def test_pretrain_leaves_bert_alone_and_trains_the_heads(program):

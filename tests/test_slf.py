@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny import make_batch, make_config, make_model
 
+import early_exit
 from adapters import make_adapters
 from early_exit import LTELoss
 from optimizer import AdamW
@@ -107,8 +108,8 @@ def test_two_stage_by_hand():
     first = dict(fraction=1.0, exit_weights=(LAST,), modules=everything)
     second = dict(fraction=1.0, exit_weights=({1: 1.0, 2: 1.0},), modules=earlier_exits)
     assert drive(two_stage(2, DEPTH, JOINT), SCORES) == [
-        Phase("stage 1 (last exit), epoch 1/2", part=(0, 2), keep=False, **first),
-        Phase("stage 1 (last exit), epoch 2/2", part=(1, 2), keep=False, **first),
+        Phase("stage 1 (last exit), epoch 1/2", part=(0, 2), keep=False, scored=True, **first),
+        Phase("stage 1 (last exit), epoch 2/2", part=(1, 2), keep=False, scored=True, **first),
         Phase("stage 2 (other exits), epoch 1/2", part=(0, 2), keep=False, **second),
         Phase("stage 2 (other exits), epoch 2/2", part=(1, 2), keep=True, **second),
     ]
@@ -215,6 +216,22 @@ def test_two_stage_freezes_all_but_the_other_exits():
     assert chosen(model, first) == names
     assert {name.split(".")[0] for name in chosen(model, last)} == {"exits", "lte"}
     assert chosen(model, last) == {name for name in names if name.split(".")[0] in ("exits", "lte")}
+
+
+def test_two_stage_fits_the_decision_threshold_before_learning_to_exit_needs_it(program, monkeypatch):
+    """At a threshold of 1/2 a cosine predicts 1 for almost every pair, so the LTE's targets would be the labels."""
+    seen, real = [], early_exit.certainty_target
+
+    def spy(task, logits, labels, threshold):
+        seen.extend([threshold] if task.name == "para" else [])
+        return real(task, logits, labels, threshold)
+
+    monkeypatch.setattr(early_exit, "certainty_target", spy)
+    words = "--early_exit --exit_policy lte --exit_loss two_stage --pairs para=siamese --para_loss cosine --epochs 1"
+    program.train_quickly("two-stage-cosine", *words.split())
+    # two layers: one target a step in each stage
+    first, second = seen[: len(seen) // 2], seen[len(seen) // 2 :]
+    assert set(first) == {0.5} and 0.5 not in second and len(second) == len(first)
 
 
 def test_gradual_unfreezing_adds_a_layer_a_phase_from_the_last_to_the_first():

@@ -223,6 +223,8 @@ def test_decode_cosine_maps_the_threshold_to_one_half():
     assert values[[0, 2, 3, 4]].tolist() == [0.0, 1.0, 1.0, 0.0]
     # at the default threshold every positive cosine is a paraphrase: why the threshold is fitted
     assert decode_cosine(torch.tensor([[0.2], [0.6]]))[0].tolist() == [1.0, 1.0]
+    # a cosine may round to above 1; the divisor 2 (1 - threshold) must not make much of it
+    assert decode_cosine(torch.tensor([[1.0 + 2.4e-7]]), 0.999999)[1].tolist() == [[0.0, 1.0]]
 
 
 @pytest.mark.parametrize("decode", [decode_bernoulli, decode_cosine, decode_fraction])

@@ -292,7 +292,11 @@ def test_a_missing_file_or_a_syntax_error_costs_its_own_part_only(submission):
     ("old", "new", "sentence"),
     [
         ("def attend_plain(", "@torch.compile\ndef attend_plain(", "keep `attend_plain(query, key, value"),
-        ('dropout):\n    """Average', 'dropout, scale=1):\n    """Average', "was changed to `attend_plain(query"),
+        (
+            'dropout):\n    """For each token',
+            'dropout, scale=1):\n    """For each token',
+            "was changed to `attend_plain(query",
+        ),
         ("def attend_plain(", "def attend(", "attend_plain is missing: keep the function under its name"),
         ("return weights @ value", "import os\n    return weights @ value", "imports os, which"),
         ("return weights @ value", "return eval('weights @ value')", "uses eval, which"),
