@@ -8,10 +8,9 @@
     python -m lab.experiments report            # writes all pages and pictures again from the recorded rows
     python -m lab.experiments report --data_dir ../shared/data      # first computes what needs the dev labels
 
-A group (rows.py) is a table; a row of it is one run in runs/experiments/GROUP/NAME. A finished run is not trained
-again, an interrupted one continues. When a row ends, its numbers are read from its run's files and recorded in
-results/rows/GROUP/NAME.json, never typed. If the run's folder is gone, the recorded numbers stay, as long as the row's
-command is the recorded one.
+A group (rows.py) is a table; a row of it is one run in runs/experiments/GROUP/NAME. An interrupted run continues. When
+a row ends, its numbers are read from its run's files and recorded in results/rows/GROUP/NAME.json, never typed. A row
+that is recorded with today's command is not trained again: remove its file, and its run's folder, to do so.
 """
 
 import argparse
@@ -42,6 +41,7 @@ from methods import below_one, per_task, positive, positive_int
 from samplers import rows_per_epoch
 from tasks import TASKS
 
+COURSE_FILES = [task.file(split) for task in TASKS.values() for split in ("train", "dev", "test")]
 REPORT, SCRATCH = "report", HERE / "runs" / "scratch"
 # thresholds whose time is measured
 TIMED = "0.5,0.6,0.7,0.8,0.9,0.95,0.99,0.999"
@@ -223,9 +223,8 @@ def report(results, data_dir=""):
 
 def cut_data(data_dir, target, fraction):
     """Copy a data folder with a part of the rows of every file, evenly spread, at least 20 of them."""
-    names = [task.file(split) for task in TASKS.values() for split in ("train", "dev", "test")]
-    source, _ = find_data_dir(data_dir or None, names)
-    for name in names:
+    source, _ = find_data_dir(data_dir or None, COURSE_FILES)
+    for name in COURSE_FILES:
         with open(source / name, newline="", encoding="utf-8") as file:
             header, *rows = csv.reader(file, delimiter="\t")
         count = min(len(rows), max(20, round(fraction * len(rows))))
@@ -287,11 +286,11 @@ def choose_rows(args):
     return sorted((row for row in rows if not args.only or row[1] in args.only), key=lambda row: split_name(row[1])[2])
 
 
-def list_rows(rows, place):
-    """Print the command of every row and about how long it takes."""
+def list_rows(rows, missing, place):
+    """Print the command of every row, and about how long it takes if it is not recorded."""
     total = 0.0
     for group, name in rows:
-        command, done = place.command(group, name), place.record(group, name).exists()
+        command, done = place.command(group, name), (group, name) not in missing
         minutes = estimate(command)
         total += 0 if done else minutes
         print(f"{group}: {name} ({'recorded' if done else f'{minutes:.0f} min'}): python {' '.join(command)}")
@@ -309,12 +308,18 @@ def main(argv=None):
         return report(RESULTS, args.data_dir)
     place = check_place(args) if args.fraction else Place(args.runs, RESULTS, args.data_dir)
     rows = choose_rows(args)
+    recorded = {group: load_rows(group, place.results) for group in args.groups}
+    missing = [(group, name) for group, name in rows if name not in recorded[group]]
     if args.list:
-        return list_rows(rows, place)
+        return list_rows(rows, missing, place)
     if args.time:
         time_exits(rows, place)
     elif not args.collect:
-        run_rows(rows, place, args.jobs, args.hours)
+        if missing:
+            # a table of the course's data must not get a row of the sample
+            find_data_dir(place.data_dir or None, COURSE_FILES, may_be_sample=False)
+        print(f"{len(rows) - len(missing)} rows are recorded already, {len(missing)} are to be trained", flush=True)
+        run_rows(missing, place, args.jobs, args.hours)
     for group in args.groups:
         record_rows(group, place)
     return None

@@ -27,7 +27,7 @@ import numpy as np
 
 from errors import InputError
 from lab.record import RESULTS, load_rows, recipes
-from lab.rows import GROUPS, recipe_of, split_name
+from lab.rows import ENSEMBLE, GROUPS, recipe_of, split_name
 
 # standard deviation of a score from seed to seed after a long run with mixed tasks; core and splits have such seeds
 SEED_NOISE = {"norm": 0.005, "sst": 0.01, "para": 0.005, "sts": 0.005, "cfimdb": 0.02}
@@ -121,7 +121,9 @@ OF_CONFUSION |= {f"{a} as {b}": confused(a, b) for a in range(5) for b in range(
 
 
 def seed_noise(group, key, row):
-    """The stated standard deviation of a row's score from seed to seed."""
+    """The stated standard deviation of a row's score from seed to seed; 0 for an ensemble of the seeds themselves."""
+    if ENSEMBLE in row["command"]:
+        return 0.0
     orders = [after for word, after in pairwise(row["command"].split()) if word == "--sampler"]
     if orders[-1:] == ["sequential"]:  # a later flag wins
         return SEQUENTIAL * SEED_NOISE[key]

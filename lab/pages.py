@@ -94,8 +94,8 @@ def page(group, source):
     """The Markdown of an experiment's page."""
     parts = [f"# {GROUPS[group].question}", "", *table_part(group, source), "## Answer", "", *answer(group, source), ""]
     parts += [
-        f"`python -m lab.experiments {group}` trains the runs, `python -m lab.experiments report` writes this page. "
-        "[README.md](README.md) explains `norm`."
+        f"`.venv/bin/python -m lab.experiments {group}` trains the runs that are missing, "
+        "`.venv/bin/python -m lab.experiments report` writes this page. [README.md](README.md) explains `norm`."
     ]
     return "\n".join(parts) + "\n"
 

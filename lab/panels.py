@@ -97,9 +97,13 @@ def exit_thresholds(rows):
         # one timed seed stands for the recipe: a mean of times needs equal machines
         sweeps = [row["sweep"] for row in runs if row["sweep"]]
         for name in AXIS if sweeps else ():
-            points = [p if name == "norm" else p["tasks"][name] for label, p in sweeps[0].items() if label != "auto"]
-            x, y = zip(*sorted((1000 / p["examples_per_second"], p["score"]) for p in points), strict=True)
+            points = {s: p if name == "norm" else p["tasks"][name] for s, p in sweeps[0].items() if s != "auto"}
+            points = {s: (1000 / p["examples_per_second"], p["score"]) for s, p in points.items()}
+            full = points.pop("full depth")
+            x, y = zip(*sorted(points.values()), strict=True)
             timed.setdefault(name, {})[recipe] = {"x": x, "y": y, "style": k}
+            if recipe == "joint":
+                timed[name]["joint without early exit"] = {"x": full[:1], "y": full[1:], "style": 7, "points": True}
     panels.append({"title": "all tasks, thresholds chosen on other dev rows; all layers", "x": LAYERS, "y": "norm"})
     panels[-1]["curves"] = chosen
     for name, curves in timed.items():
@@ -280,13 +284,13 @@ PANELS = {
     "adaptations": adaptations,
     "score": score,
 }
-BARS = "bars: one standard deviation from seed to seed"
+BARS = "bars: noise of seeds, assumed for single ones"
 TITLES = {
     "berter-table2": f"BERTer's Table 2: best dev score ({BARS})",
     "exit-thresholds": "Early exit: dev score against layers, and against time for one seed of joint",
     "slf-ablation": f"Training layer by layer, at equal compute ({BARS})",
     "embedding-order": f"Pair encodings: mean or [CLS] pooling ({BARS})",
-    "smart-when": "What SMART adds to the dev score; the legend names its tasks (grey: 95% of mere noise)",
+    "smart-when": "What SMART adds to the dev score; the legend names its tasks (grey: 95% of the seeds' noise)",
     "berter-figures": f"BERTer's figures, 2 to 4 after a quarter of an epoch ({BARS})",
     "smarter": "SMARTer BERT's figures",
     "adaptations": f"Layer-level adaptations: dev score and trained parameters ({BARS})",

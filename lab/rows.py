@@ -291,7 +291,9 @@ BERTER_TABLE_2 = Group(
     baseline="Baseline",
     columns=(*SCORES, "best norm", "Quora positive", "norm with exits", "layers", "stages", "compute", *COST),
     note="All rows train on equally many examples: SLF spends half of them on stage 1, and Smart Alternating cuts its "
-    "part into twelve phases. `paper: norm` is computed from the paper's three scores, because most printed dev "
+    "part into twelve phases, so that the tasks follow each other more often. The rows of SLF and of the cosine loss "
+    "encode pairs apart, as the baseline; the paper's STS scores of these rows are almost those of packed pairs. "
+    "`paper: norm` is computed from the paper's three scores, because most printed dev "
     "scores (`paper: printed`) do not follow from them. `paper: h:min` is its training time, for bert-base on a "
     "T4 GPU. Rows with `--precision fp32` are for a CPU without bf16: their seconds do not compare with the others'; "
     "an evaluation of more than 1,000 seconds ran in bf16 on such a CPU.",

@@ -55,7 +55,11 @@ COLUMNS = {
         at("best/norm"),
         "is the norm of the kept model: the highest of any phase, so it was chosen on the same dev data",
     ),
-    "train sst": (".3f", at("measured/train_scores/sst"), "is the accuracy of the kept model on 1,000 training rows"),
+    "train sst": (
+        ".3f",
+        at("measured/train_scores/sst"),
+        "is the accuracy of the kept model on at most 1,000 training rows",
+    ),
     "Quora positive": (
         ".3f",
         at("positive_rate"),

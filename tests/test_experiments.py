@@ -560,6 +560,28 @@ def test_rows_side_by_side_run_on_one_core_each_and_stop_in_time(tmp_path, monke
         experiments.run_rows(rows, Place(tmp_path, tmp_path), 2, 1.0)
 
 
+def test_recorded_rows_are_not_trained_again_nor_mixed_with_rows_of_the_sample(program, tmp_path, monkeypatch, capsys):
+    """In a clone the runs are gone and the records stay; a clone has no course data."""
+    trained = []
+    monkeypatch.setattr(experiments, "run_rows", lambda rows, *_: trained.extend(rows))
+    monkeypatch.setattr(experiments, "record_rows", lambda *_: None)
+    monkeypatch.setattr(experiments, "RESULTS", tmp_path)
+    command = ["methods", "--only", "adapter LHUC", "PCGrad", "--data_dir", str(program.data)]
+    path = Place(results=tmp_path).record("methods", "PCGrad")
+    write_row(path, {"name": "PCGrad", "command": " ".join(command_of("methods", "PCGrad"))})
+    experiments.main(command)
+    assert trained == [("methods", "adapter LHUC")]
+    assert capsys.readouterr().out == "1 rows are recorded already, 1 are to be trained\n"
+    experiments.main([*command, "--list"])
+    assert "methods: PCGrad (recorded)" in capsys.readouterr().out
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=r"get them with ./setup.sh --data"):
+        experiments.main([*command[:-1], str(tmp_path / "empty")])
+    write_row(path, {"name": "PCGrad", "command": "other flags"})
+    experiments.main(command)
+    assert sorted(trained[1:]) == [("methods", "PCGrad"), ("methods", "adapter LHUC")]
+
+
 @pytest.mark.parametrize("words", [["report"], ["core", "--list"], ["core", "--time"], ["core", "--collect"]])
 def test_a_check_run_trains(words):
     with pytest.raises(InputError, match="a check run trains"):
